@@ -1,0 +1,1 @@
+"""Training code of vllm-prune: corpus, recall tasks, packing, and the reference base model."""

@@ -1,0 +1,119 @@
+"""The attention layer of a gated model: vLLM's own ``Attention`` with a drop gate in front. Runs in the worker.
+
+The gate's features reach the attention op as an argument of an op of ours: were they passed on the side, the compiler
+would be free to reorder them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention.attention import get_attention_context
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.v1.kv_cache_interface import KVCacheSpec
+
+from vllm_prune.attention.backend import PruneCPUBackend
+from vllm_prune.attention.serving import ServedGate, rule_of
+from vllm_prune.cache.spec import PruneSpec
+from vllm_prune.config import DropGateConfig, parse_drop_gate
+
+_LIBRARY = torch.library.Library("vllm_prune", "FRAGMENT")
+
+
+def _gated_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    features: torch.Tensor | None,
+    output: torch.Tensor,
+    layer_name: str,
+) -> None:
+    metadata, layer, kv_cache, _ = get_attention_context(layer_name)
+    layer.impl.forward(layer, query, key, value, kv_cache, metadata, output=output, features=features)  # type: ignore[call-arg]
+
+
+def _gated_attention_fake(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    features: torch.Tensor | None,
+    output: torch.Tensor,
+    layer_name: str,
+) -> None:
+    return
+
+
+if not hasattr(torch.ops.vllm_prune, "gated_attention"):
+    direct_register_custom_op(
+        "gated_attention", _gated_attention, mutates_args=["output"], fake_impl=_gated_attention_fake,
+        target_lib=_LIBRARY, dispatch_key=current_platform.dispatch_key,
+    )  # fmt: skip
+
+
+def section_of(vllm_config: VllmConfig) -> DropGateConfig:
+    """The checkpoint's ``drop_gate`` section as this engine serves it."""
+    options = (vllm_config.additional_config or {}).get("vllm_prune", {})
+    return parse_drop_gate(vllm_config.model_config.hf_config, options.get("strength"))
+
+
+class GatedAttention(Attention):
+    """Attention whose keys may expire. Holds the layer's gate; ``features`` computes what the op needs of it.
+
+    Takes the arguments of vLLM's ``Attention``.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs["attn_backend"] = PruneCPUBackend
+        super().__init__(*args, **kwargs)
+        vllm_config = get_current_vllm_config()
+        self.section = section_of(vllm_config)
+        self.serving = ServedGate.of(self.section)
+        self.drop_gate: nn.Module | None = None
+        if self.serving.reveal is not None:
+            gate = self.section.build_gate()
+            self.drop_gate = gate.to(torch.float32 if self.section.dtype == "float32" else torch.get_default_dtype())
+            self.drop_gate.requires_grad_(False)
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        super().process_weights_after_loading(act_dtype)
+        if self.drop_gate is not None:
+            self.impl.rule = rule_of(self.drop_gate, self.section)  # type: ignore[attr-defined,arg-type]
+
+    def features(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Gate features [T, F] of the layer's normed input [T, D_model]; None when gates are open."""
+        if self.drop_gate is None:
+            return None
+        dtype = torch.float32 if self.section.dtype == "float32" else x.dtype
+        return self.drop_gate(x.to(dtype)).to(self.kv_cache_torch_dtype)
+
+    def forward(  # type: ignore[override]
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, features: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Args: query [T, H * G * D], key and value [T, H * D], features [T, F]. Returns [T, H * G * D]."""
+        output = torch.empty((query.shape[0], self.num_heads * self.head_size), dtype=query.dtype, device=query.device)
+        torch.ops.vllm_prune.gated_attention(
+            query.view(-1, self.num_heads, self.head_size),
+            key.view(-1, self.num_kv_heads, self.head_size),
+            value.view(-1, self.num_kv_heads, self.head_size),
+            features,
+            output.view(-1, self.num_heads, self.head_size),
+            self.layer_name,
+        )
+        return output
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        return PruneSpec(
+            block_size=vllm_config.cache_config.block_size,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            dtype=self.kv_cache_torch_dtype,
+            num_layers=self.section.num_layers,
+            gate_rank=self.serving.rank,
+            chunk_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+            expected_keep=1.0 if self.serving.reveal is None else self.section.expected_keep,
+        )

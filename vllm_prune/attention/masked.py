@@ -1,0 +1,73 @@
+"""Prefill attention with the expiry mask, CPU: masked SDPA over gathered survivors and the chunk's own keys.
+
+FlashAttention-like kernels know causal masks only; inside a chunk each key has its own last query. Letters: C tokens of
+the chunk, P live keys of the past, H KV heads, G query heads a KV head, D head size, E eviction units (1 or H).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+
+def gather_lane(kv: torch.Tensor, pages: torch.Tensor, length: int, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of one lane, in lane order.
+
+    Args:
+        kv: [pages, 2 N D], the flat cache; a page is K as [D, N], then V as [N, D].
+        pages: int [n], the lane's pages.
+        length: P, tokens in the lane.
+        head_size: D.
+
+    Returns:
+        key [P, D], value [P, D].
+    """
+    page = kv[pages.long()]
+    n = page.shape[1] // (2 * head_size)
+    key = page[:, : n * head_size].view(-1, head_size, n).transpose(1, 2).reshape(-1, head_size)
+    value = page[:, n * head_size :].reshape(-1, head_size)
+    return key[:length], value[:length]
+
+
+def masked_attention(
+    query: torch.Tensor,
+    past: list[tuple[torch.Tensor, torch.Tensor]],
+    key: torch.Tensor,
+    value: torch.Tensor,
+    past_expiry: torch.Tensor,
+    chunk_expiry: torch.Tensor,
+    start: int,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of a chunk's queries over live past keys and the chunk's keys, each up to its expiry.
+
+    Args:
+        query: [C, H * G, D].
+        past: per KV head, key and value [P_h, D].
+        key, value: [C, H, D], the chunk's own.
+        past_expiry: int [E, P max], chunk_expiry: int [E, C]: absolute positions.
+        start: position of the chunk's first token.
+        scale: of the logits.
+
+    Returns:
+        [C, H * G, D].
+    """
+    c, heads = key.shape[:2]
+    group = query.shape[1] // heads
+    now = torch.arange(start, start + c)[:, None]
+    causal = torch.ones(c, c, dtype=torch.bool).tril()
+    out = torch.empty_like(query)
+    mask = None
+    for h in range(heads):
+        past_key, past_value = past[h]
+        p = past_key.shape[0]
+        if mask is None or past_expiry.shape[0] > 1:
+            unit = h if past_expiry.shape[0] > 1 else 0
+            visible_past = now < past_expiry[unit, :p][None, :]
+            mask = torch.cat([visible_past, causal & (now < chunk_expiry[unit][None, :])], dim=1)
+        k = torch.cat([past_key, key[:, h]]).expand(1, group, -1, -1)
+        v = torch.cat([past_value, value[:, h]]).expand(1, group, -1, -1)
+        q = query[:, h * group : (h + 1) * group].transpose(0, 1)[None]
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        out[:, h * group : (h + 1) * group] = o[0].transpose(0, 1)
+    return out

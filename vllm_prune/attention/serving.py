@@ -1,0 +1,64 @@
+"""How a gate is served: the numbers that the compiled loops need, taken once from the gate and the checkpoint."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from vllm_prune.config import DropGateConfig
+from vllm_prune.gates import Gate, Reveal, decision_shift
+from vllm_prune.gates.dcp import DCPGate
+from vllm_prune.gates.dms import DMSGate
+
+
+@dataclass(frozen=True)
+class ServedGate:
+    """Model-wide facts of the served gates.
+
+    Attributes:
+        reveal: None when every gate is open (strength 0): then nothing is computed, remembered or dropped.
+        rank: r, numbers remembered a token.
+        num_units: E, eviction units a layer.
+        sinks, window: protected keys, in tokens.
+    """
+
+    reveal: Reveal | None
+    rank: int
+    num_units: int
+    sinks: int
+    window: int
+
+    @classmethod
+    def of(cls, section: DropGateConfig) -> ServedGate:
+        if section.strength == 0.0:
+            return cls(None, 0, 1, 0, 0)
+        gate = section.build_gate()
+        return cls(gate.reveal, gate.num_remembered, gate.num_units, section.protect.sinks, section.protect.window)
+
+
+@dataclass(frozen=True)
+class QueryRule:
+    """DCP in one layer: key dropped iff dot * scale + bias <= 0."""
+
+    scale: float
+    bias: float
+
+
+@dataclass(frozen=True)
+class DelayRule:
+    """DMS in one layer: key j gets expiry j + 1 + delay iff logit of token j + 1 > threshold.
+
+    ``delay`` already includes a protected window wider than the gate's own."""
+
+    threshold: float
+    delay: int
+
+
+def rule_of(gate: Gate, section: DropGateConfig) -> QueryRule | DelayRule:
+    """The rule of one layer's loaded gate at the checkpoint's strength."""
+    shift = decision_shift(section.strength) * gate.unit
+    if isinstance(gate, DCPGate):
+        return QueryRule(1.0 / math.sqrt(gate.rank), float(gate.beta.float()) + shift)
+    if isinstance(gate, DMSGate):
+        return DelayRule(shift, max(gate.delay, section.protect.window))
+    raise NotImplementedError(f"gate method {gate.method} cannot be served yet")

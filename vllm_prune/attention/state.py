@@ -1,0 +1,178 @@
+"""What a worker holds between and within steps: the lane store, the rows of the running step, its reports.
+
+One per model on a worker, made by the metadata builder, found by the connector through the model's layers.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from vllm_prune.cache.grants import LaneReport
+from vllm_prune.cache.lanes import LaneStore
+from vllm_prune.cache.spec import PruneSpec
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_prune.attention.gated import GatedAttention
+    from vllm_prune.connector import PruneMetadata, StepGrant
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Rows:
+    """Requests of one step, in batch order. All int32 numpy, one entry a request."""
+
+    slots: np.ndarray
+    first: np.ndarray
+    tokens: np.ndarray
+    positions: np.ndarray
+
+    def pick(self, mask: np.ndarray) -> Rows:
+        return Rows(self.slots[mask], self.first[mask], self.tokens[mask], self.positions[mask])
+
+
+@dataclass
+class PruneAttentionMetadata:
+    """What the attention op reads in a step. Shared by all layers of the model.
+
+    Attributes:
+        num_actual_tokens: T, tokens of the step.
+        state: of the worker.
+        decodes: rows with one token.
+        chunks: rows with several.
+        shared: scratch shared by the layers of a step while gates are open (all lanes then have equal lengths).
+    """
+
+    num_actual_tokens: int
+    state: WorkerState
+    decodes: Rows
+    chunks: Rows
+    shared: dict[str, Any] = field(default_factory=dict)
+
+
+class WorkerState:
+    """See the module.
+
+    Args:
+        vllm_config: of the engine.
+        spec: the cache spec of the gated layers.
+        layer_names: of the gated layers, in model order.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, spec: PruneSpec, layer_names: list[str]) -> None:
+        self.spec = spec
+        self.layer_names = layer_names
+        self.max_requests = vllm_config.scheduler_config.max_num_seqs
+        self.max_tokens = vllm_config.model_config.max_model_len
+        self.chunk_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        options = (vllm_config.additional_config or {}).get("vllm_prune", {})
+        self.record = bool(options.get("record", False))
+        self.layers: list[GatedAttention] = [
+            vllm_config.compilation_config.static_forward_context[name] for name in layer_names
+        ]
+        self.serving = self.layers[0].serving
+        self.store: LaneStore | None = None
+        self._step: dict[str, StepGrant] = {}
+        for index, layer in enumerate(self.layers):
+            layer.impl.attach(self, index)  # type: ignore[attr-defined]
+
+    def bind(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Attach the allocated KV cache and compile the lane loops."""
+        views = [kv_caches[name] for name in self.layer_names]
+        self.store = LaneStore(
+            self.spec.geometry,
+            self.max_requests,
+            self.max_tokens,
+            num_blocks=views[0].shape[0],
+            dtype=views[0].dtype,
+            units=self.serving.num_units,
+            max_grants=self.spec.max_grants(self.max_tokens),
+            record=self.record,
+        )
+        self.store.bind(views)
+        self.layers[0].impl.warm_up()  # type: ignore[attr-defined]
+
+    def begin_step(self, meta: PruneMetadata) -> None:
+        """Bury the dead first: their blocks may be among the new grants."""
+        store = self._store()
+        for req_id in meta.ended:
+            store.forget(req_id)
+        for req_id, grant in meta.grants.items():
+            store.update(req_id, grant.epoch, grant.new_blocks)
+        self._step = meta.grants
+
+    def metadata(self, block_table: torch.Tensor, query_start: np.ndarray, seq_lens: np.ndarray) -> PruneAttentionMetadata:
+        """Rows of a step from vLLM's batch: a row's first block id names the request.
+
+        Args:
+            block_table: int32 [R, W].
+            query_start: int [R + 1], first token of each row.
+            seq_lens: int [R], tokens of each request including this step's.
+        """
+        store = self._store()
+        count = len(seq_lens)
+        tokens = np.diff(query_start).astype(np.int32)
+        first_blocks = block_table[:count, 0].tolist()
+        slots = np.asarray([store.slots[store.slot_of_block[block]].slot for block in first_blocks], np.int32)
+        rows = Rows(slots, query_start[:-1].astype(np.int32), tokens, (seq_lens - tokens).astype(np.int32))
+        single = tokens == 1
+        total = int(query_start[-1])
+        if store.record:
+            live = int(store.lanes.length[slots][:, :: store.geometry.lanes_per_layer].sum()) * store.units
+            store.reserve_events(live + total * store.geometry.num_layers * store.units)
+        return PruneAttentionMetadata(total, self, rows.pick(single), rows.pick(~single & (tokens > 0)))
+
+    def end_step(self) -> tuple[dict[str, LaneReport], set[int]]:
+        """Close the step: reports of its requests, and first blocks of those that can never go on (see ``_doomed``)."""
+        step, self._step = self._step, {}
+        if not step:
+            return {}, set()
+        store = self._store()
+        if store.record:
+            store.take_events()
+        ahead = {req_id: grant.in_flight for req_id, grant in step.items() if grant.in_flight}
+        reports = store.report({req_id: grant.covered for req_id, grant in step.items()}, ahead)
+        return reports, self._doomed(step, reports)
+
+    def _doomed(self, step: dict[str, StepGrant], reports: dict[str, LaneReport]) -> set[int]:
+        """Requests whose next step cannot fit into the whole pool, even alone."""
+        store, geometry = self._store(), self.spec.geometry
+        doomed = set()
+        for req_id, report in reports.items():
+            grant = step[req_id]
+            if grant.covered >= self.max_tokens:
+                continue
+            more = max(min(grant.remaining, self.chunk_tokens), 1)
+            blocks = min(geometry.blocks_for_pages(report.pages[0] + geometry.pages_for(more)),
+                         geometry.blocks_for(grant.covered + more))  # fmt: skip
+            if more < 3:
+                blocks = min(blocks, geometry.blocks_for_pages(report.pages[more]))
+            if blocks > store.num_blocks - 1:
+                logger.error(
+                    "vllm-prune: request %s ends with an error: its gates kept %d head-pages of the first %d tokens, and "
+                    "the next %d tokens need %d blocks where the pool has %d. Raise the KV cache memory or the gate "
+                    "strength, or lower max_model_len or max_num_batched_tokens.",
+                    req_id, report.pages[0], grant.covered, more, blocks, store.num_blocks - 1,
+                )  # fmt: skip
+                doomed.add(store.slots[req_id].first_block)
+        return doomed
+
+    def _store(self) -> LaneStore:
+        assert self.store is not None, "the KV cache is not bound yet"
+        return self.store
+
+
+def find_state(vllm_config: VllmConfig) -> WorkerState:
+    """The state of the gated model that this worker runs."""
+    for layer in vllm_config.compilation_config.static_forward_context.values():
+        state = getattr(getattr(layer, "impl", None), "state", None)
+        if isinstance(state, WorkerState):
+            return state
+    raise RuntimeError("vllm-prune: no gated layer on this worker")

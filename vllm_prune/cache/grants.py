@@ -1,0 +1,118 @@
+"""Scheduler-side account of one request's blocks: the grant log and what the worker last said of it.
+
+Every block granted to a request is appended to its log and named by its index there, on both sides. The worker reports
+which grants it still needs; the rest go back to the pool. Until a report arrives an upper bound holds: the last report
+plus the most that the tokens since can need. Lateness is therefore always safe. Runs in the engine core.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_prune.cache.geometry import LaneGeometry
+
+
+@dataclass
+class LaneReport:
+    """What a worker says of one request after a step.
+
+    Attributes:
+        epoch: of the grant log it speaks of; a report about an earlier life of the request is ignored.
+        covered: tokens of the request computed so far.
+        pages: head-pages in use now, and after 1 and 2 more tokens if those are kept in every lane.
+        keep: grants [0, keep) are still needed; the worker will never again use grants [keep, seen).
+        seen: length of the grant log when the worker spoke.
+        dropped: keys dropped so far, summed over layers and eviction units.
+        held: keys held now, summed likewise.
+        peak_pages: most head-pages ever in use.
+    """
+
+    epoch: int
+    covered: int
+    pages: tuple[int, int, int]
+    keep: int
+    seen: int
+    dropped: int = 0
+    held: int = 0
+    peak_pages: int = 0
+
+    def merge(self, other: LaneReport) -> LaneReport:
+        """Ranks hold different heads and drop differently: plan for the one that holds most.
+
+        Raises:
+            ValueError: the two speak of different moments.
+        """
+        if (self.epoch, self.covered, self.seen) != (other.epoch, other.covered, other.seen):
+            raise ValueError(f"ranks report different steps: {self} and {other}")
+        return LaneReport(
+            epoch=self.epoch,
+            covered=self.covered,
+            pages=tuple(map(max, self.pages, other.pages)),  # type: ignore[arg-type]
+            keep=max(self.keep, other.keep),
+            seen=self.seen,
+            dropped=min(self.dropped, other.dropped),
+            held=max(self.held, other.held),
+            peak_pages=max(self.peak_pages, other.peak_pages),
+        )
+
+
+@dataclass
+class GrantLog:
+    """Account of one life (admission to finish or preemption) of a request.
+
+    Attributes:
+        epoch: tells lives of the same request id apart.
+        log: every block granted, in order; ``None`` where given back. Elements are vLLM's KVCacheBlock.
+        live: grants not given back.
+        sent: length of the log that the worker has been told of.
+        report: the worker's last word, if any.
+        known_tokens: tokens known when this life began (prompt, and what a preempted request had generated).
+        returned, peak: totals for statistics, in blocks.
+    """
+
+    epoch: int
+    log: list[Any] = field(default_factory=list)
+    live: int = 0
+    sent: int = 0
+    report: LaneReport | None = None
+    known_tokens: int = 0
+    returned: int = 0
+    peak: int = 0
+
+    def needed(self, geometry: LaneGeometry, tokens: int) -> int:
+        """Blocks that suffice for the request's first ``tokens`` tokens, whatever the gates decide from here on."""
+        dense = geometry.pages_for(tokens)
+        if self.report is None:
+            return geometry.blocks_for_pages(dense)
+        more = max(tokens - self.report.covered, 0)
+        if more < len(self.report.pages):
+            pages = self.report.pages[more]
+        else:
+            pages = self.report.pages[0] + geometry.pages_for(more)
+        return geometry.blocks_for_pages(min(pages, dense))
+
+    def grant(self, blocks: list[Any]) -> None:
+        self.log.extend(blocks)
+        self.live += len(blocks)
+        self.peak = max(self.peak, self.live)
+
+    def take_unsent(self) -> list[Any]:
+        """Grants the worker has not been told of; they are told now."""
+        unsent, self.sent = self.log[self.sent :], len(self.log)
+        return unsent
+
+    def accept(self, report: LaneReport) -> list[Any]:
+        """Take a report in; return the blocks it gives back, tail first. A stale report changes nothing."""
+        if report.epoch != self.epoch or (self.report is not None and report.covered < self.report.covered):
+            return []
+        self.report = report
+        back = []
+        for index in range(min(report.seen, len(self.log)) - 1, max(report.keep, 1) - 1, -1):
+            block = self.log[index]
+            if block is not None:
+                back.append(block)
+                self.log[index] = None
+        self.live -= len(back)
+        self.returned += len(back)
+        return back

@@ -1,0 +1,258 @@
+"""The worker's state of every request: slots, grants, page table, lanes. Lives and dies with the requests.
+
+Owns: which head-page belongs to which lane, and the record of positions and expiries. Does not own: the KV memory itself
+(vLLM allocates it), nor the decision which blocks a request gets (the scheduler's manager grants them).
+Runs in the worker; CPU (the arrays are numpy, the loops in ``lane_ops`` compiled).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from vllm_prune.cache.geometry import LaneGeometry, cdiv
+from vllm_prune.cache.grants import LaneReport
+from vllm_prune.cache.lane_ops import Dims, Lanes, summarize
+from vllm_prune.cache.pack import pack_slot
+
+_BITS = {torch.bfloat16: (torch.uint16, 16), torch.float32: (torch.uint32, 0)}
+
+
+@dataclass
+class SlotState:
+    """One live request on the worker. ``grants`` holds block ids in log order, -1 where given up."""
+
+    slot: int
+    epoch: int
+    grants: list[int] = field(default_factory=list)
+    returned: int = 0
+    covered: int = 0
+    peak_pages: int = 0
+
+    @property
+    def first_block(self) -> int:
+        return self.grants[0]
+
+
+class LaneStore:
+    """Page table and lanes of all requests of one worker.
+
+    Args:
+        geometry: of the model on this rank.
+        max_requests: S, request slots.
+        max_tokens: longest request in tokens.
+        num_blocks: B, blocks of the pool (block 0 is vLLM's null block and never granted).
+        dtype: of the KV cache, bfloat16 or float32.
+        units: E, eviction units a layer.
+        max_grants: most grants one request's log may list; past that nothing is given back until it ends.
+        record: keep every drop as an event (for tests, the eviction map and recorded truth).
+    """
+
+    def __init__(
+        self,
+        geometry: LaneGeometry,
+        max_requests: int,
+        max_tokens: int,
+        num_blocks: int,
+        dtype: torch.dtype,
+        units: int,
+        max_grants: int | None = None,
+        record: bool = False,
+    ) -> None:
+        self.geometry = g = geometry
+        self.num_blocks = num_blocks
+        self.num_pages = g.num_layers * num_blocks * g.num_kv_heads
+        self.max_tokens = max_tokens
+        self.dtype = dtype
+        self.units = units
+        dense = g.blocks_for(max_tokens)
+        self.shrink_limit = (max_grants - dense) if max_grants is not None else None
+        self.record = record
+        self.events: dict[tuple[str, int], list[np.ndarray]] = {}
+        bits, shift = _BITS[dtype]
+        self.bits_dtype = bits
+        self.dims = Dims(
+            H=g.num_kv_heads, N=g.block_tokens, D=g.head_size, r=g.gate_rank, Ng=max(g.gate_page_tokens, 1),
+            per_layer=g.lanes_per_layer, shift=shift, units=units,
+        )  # fmt: skip
+        width = cdiv(max_tokens, g.block_tokens) + 1
+        np_bits = np.uint16 if bits is torch.uint16 else np.uint32
+        # np.zeros is backed by memory only where touched, so the worst case costs address space alone.
+        self.lanes = Lanes(
+            kv=np.zeros((0, 2 * g.block_tokens * g.head_size), np_bits),
+            table=np.zeros((max_requests, g.num_lanes, width), np.int32),
+            length=np.zeros((max_requests, g.num_lanes), np.int32),
+            free=np.zeros((max_requests, (dense + 2) * g.pages_per_block), np.int32),
+            n_free=np.zeros(max_requests, np.int32),
+            page_lane=np.full(self.num_pages, -1, np.int32),
+            page_index=np.zeros(self.num_pages, np.int32),
+            pos=np.zeros((self.num_pages, g.block_tokens), np.int32),
+            exp=np.zeros((self.num_pages, g.block_tokens), np.int32),
+            dropped=np.zeros((max_requests, g.num_layers, units), np.int64),
+            events=np.zeros((0, 4), np.int32),
+            n_events=np.zeros(1, np.int64),
+        )
+        self.slots: dict[str, SlotState] = {}
+        self.slot_of_block: dict[int, str] = {}
+        self._free_slots = list(range(max_requests - 1, -1, -1))
+        self.kv_tensor: torch.Tensor | None = None
+
+    def bind(self, layers: list[torch.Tensor]) -> None:
+        """Attach the KV cache.
+
+        Args:
+            layers: L views [B, H, N, 2 D] of one storage in LBHNC order, as vLLM allocates them.
+
+        Raises:
+            RuntimeError: the layers do not lie back to back in one storage.
+        """
+        g = self.geometry
+        page = 2 * g.block_tokens * g.head_size
+        stride = self.num_blocks * g.num_kv_heads * page * layers[0].element_size()
+        base = layers[0].data_ptr()
+        for i, layer in enumerate(layers):
+            shape = (self.num_blocks, g.num_kv_heads, g.block_tokens, 2 * g.head_size)
+            if tuple(layer.shape) != shape or not layer.is_contiguous() or layer.data_ptr() != base + i * stride:
+                raise RuntimeError(
+                    f"vllm-prune: layer {i} of the KV cache is {tuple(layer.shape)} at an unexpected place; "
+                    "the layout LBHNC with all layers in one storage is needed"
+                )
+        flat = torch.as_strided(layers[0], (self.num_pages, page), (page, 1), layers[0].storage_offset())
+        self.kv_tensor = flat
+        self.lanes = self.lanes._replace(kv=flat.view(self.bits_dtype).numpy())
+
+    # Life of a request -------------------------------------------------------------------------------------------
+
+    def update(self, req_id: str, epoch: int, new_blocks: list[int]) -> None:
+        """Learn of new grants; a new epoch begins a new life of the request."""
+        state = self.slots.get(req_id)
+        if state is not None and state.epoch != epoch:
+            self.forget(req_id)
+            state = None
+        if state is None:
+            if not new_blocks:
+                raise RuntimeError(f"vllm-prune: request {req_id} starts without blocks")
+            state = SlotState(self._free_slots.pop(), epoch)
+            self.slots[req_id] = state
+            self.slot_of_block[new_blocks[0]] = req_id
+            if self.record:
+                self.events.setdefault((req_id, epoch), [])
+        if not new_blocks:
+            return
+        g, a, s = self.geometry, self.lanes, state.slot
+        state.grants.extend(new_blocks)
+        blocks = np.asarray(new_blocks, np.int64)
+        layer = np.arange(g.num_layers)[None, :, None]
+        head = np.arange(g.num_kv_heads)[None, None, :]
+        pages = ((layer * self.num_blocks + blocks[::-1, None, None]) * g.num_kv_heads + head).reshape(-1)
+        n = int(a.n_free[s])
+        # Newest grants at the bottom of the stack: the lowest grants fill first.
+        a.free[s, len(pages) : len(pages) + n] = a.free[s, :n].copy()
+        a.free[s, : len(pages)] = pages
+        a.n_free[s] = n + len(pages)
+
+    def forget(self, req_id: str) -> None:
+        """Every trace of a request ends here. Unknown ids are fine: it may never have reached the worker."""
+        if req_id not in self.slots:
+            return
+        if self.record:
+            self.take_events()
+        state = self.slots.pop(req_id)
+        a, s = self.lanes, state.slot
+        self.slot_of_block.pop(state.first_block, None)
+        for block in state.grants:
+            if block >= 0:  # a grant given up may belong to somebody else by now; its pages were freed then
+                self._page_view(a.page_lane, block)[:] = -1
+        a.length[s] = 0
+        a.n_free[s] = 0
+        a.dropped[s] = 0
+        self._free_slots.append(s)
+
+    def _page_view(self, array: np.ndarray, block: int) -> np.ndarray:
+        g = self.geometry
+        return array.reshape(g.num_layers, self.num_blocks, g.num_kv_heads)[:, block]
+
+    # After a step ------------------------------------------------------------------------------------------------
+
+    def report(self, covered: dict[str, int], reserve: dict[str, int] | None = None) -> dict[str, LaneReport]:
+        """Close a step: pack the pages of requests where that frees grants, and say what each still needs.
+
+        Args:
+            covered: tokens computed so far of each request of the step, by id.
+            reserve: tokens that may already have been scheduled beyond that (asynchronous scheduling); grants for
+                them are kept.
+
+        Returns:
+            One report a request.
+        """
+        g, a = self.geometry, self.lanes
+        states = [self.slots[req_id] for req_id in covered]
+        counts = np.empty((len(states), 5), np.int64)
+        summarize(a, self.dims, np.asarray([state.slot for state in states], np.int32), g.num_layers, counts)
+        reports = {}
+        for (req_id, tokens), state, row in zip(covered.items(), states, counts.tolist(), strict=True):
+            state.covered = tokens
+            state.peak_pages = max(state.peak_pages, row[0])
+            ahead = reserve.get(req_id, 0) if reserve else 0
+            need = row[ahead] if ahead < 3 else row[0] + g.pages_for(ahead)
+            keep = self._shrink(state, max(g.blocks_for_pages(need), 1))
+            reports[req_id] = LaneReport(
+                epoch=state.epoch, covered=tokens, pages=(row[0], row[1], row[2]), keep=keep,
+                seen=len(state.grants), dropped=row[4], held=row[3], peak_pages=state.peak_pages,
+            )  # fmt: skip
+        return reports
+
+    def _shrink(self, state: SlotState, blocks: int) -> int:
+        """Give up all but the lowest ``blocks`` live grants; returns the log index from which nothing is needed."""
+        seen = len(state.grants)
+        if seen - state.returned <= blocks or (self.shrink_limit is not None and seen > self.shrink_limit):
+            return seen
+        live = [i for i, block in enumerate(state.grants) if block >= 0]
+        self._pack(state, live[:blocks], live[blocks:])
+        state.returned += len(live) - blocks
+        return live[blocks - 1] + 1
+
+    def _pack(self, state: SlotState, kept: list[int], gone: list[int]) -> None:
+        """Move every page in use out of the grants ``gone`` into free pages of the grants ``kept``, then give up."""
+        g = self.geometry
+        keep_blocks = np.asarray([state.grants[i] for i in kept], np.int32)
+        gone_blocks = np.asarray([state.grants[i] for i in gone], np.int32)
+        pack_slot(self.lanes, self.dims, state.slot, keep_blocks, gone_blocks, self.num_blocks, g.num_layers)
+        for i in gone:
+            state.grants[i] = -1
+
+    def take_events(self) -> None:
+        """Move what the compiled loops recorded into ``events``, by request."""
+        a = self.lanes
+        n = int(a.n_events[0])
+        if n == 0:
+            return
+        rows = a.events[:n].copy()
+        a.n_events[0] = 0
+        owner = {state.slot: (req_id, state.epoch) for req_id, state in self.slots.items()}
+        for slot in np.unique(rows[:, 0]):
+            self.events[owner[int(slot)]].append(rows[rows[:, 0] == slot][:, 1:])
+
+    def reserve_events(self, most: int) -> None:
+        """Make room for ``most`` drop events in the coming step (nothing when not recording)."""
+        if self.record and self.lanes.events.shape[0] < most:
+            self.take_events()
+            self.lanes = self.lanes._replace(events=np.zeros((most, 4), np.int32))
+
+    def expiries(self, req_id: str, epoch: int | None = None) -> np.ndarray:
+        """Recorded expiries of a request (``record`` on): int64 [L, E, T], NEVER where none. T tokens covered.
+
+        Raises:
+            KeyError: nothing was recorded for the request.
+        """
+        self.take_events()
+        lives = sorted(e for r, e in self.events if r == req_id)
+        key = (req_id, lives[-1] if epoch is None else epoch)
+        parts = self.events[key]
+        rows = np.concatenate(parts) if parts else np.zeros((0, 3), np.int32)
+        tokens = self.slots[req_id].covered if req_id in self.slots else (int(rows[:, 1:].max()) + 1 if len(rows) else 0)
+        out = np.full((self.geometry.num_layers * self.units, tokens), 2**31 - 1, np.int64)
+        out[rows[:, 0], rows[:, 1]] = rows[:, 2]
+        return out.reshape(self.geometry.num_layers, self.units, tokens)

@@ -1,0 +1,94 @@
+"""Physical accounting of gated requests in vLLM's scheduler: blocks follow resident pages, not logical tokens.
+
+Owns: each running request's grant log. Does not own: the block pool (vLLM's), nor any knowledge of which key was dropped.
+Runs in the engine core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import count
+from typing import Any
+
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+
+from vllm_prune.cache.grants import GrantLog, LaneReport
+from vllm_prune.cache.spec import PruneSpec
+
+
+class PruneManager(SingleTypeKVCacheManager):
+    """Grants blocks by what a request can need, takes them back by what its worker says it no longer needs.
+
+    ``req_to_blocks`` is the grant log as vLLM sees it: one entry a grant, the null block where a grant was given back.
+    """
+
+    kv_cache_spec: PruneSpec
+
+    def __init__(self, kv_cache_spec: PruneSpec, block_pool: BlockPool, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, block_pool, **kwargs)
+        self.geometry = kv_cache_spec.geometry
+        self.grants: dict[str, GrantLog] = {}
+        self._epochs = count(1)
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        grants = self.grants.get(request_id)
+        if apply_admission_cap and (grants is None or grants.report is None):
+            # Admission asks for the whole prompt at once: plan for its peak, thinned out as the checkpoint promises.
+            return self.kv_cache_spec.peak_blocks(num_tokens) - (grants.live if grants else 0)
+        if grants is None:
+            return self.geometry.blocks_for(num_tokens)
+        return max(grants.needed(self.geometry, num_tokens) - grants.live, 0)
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        grants = self.grants.get(request_id)
+        if grants is None:
+            grants = self.grants[request_id] = GrantLog(next(self._epochs))
+        more = grants.needed(self.geometry, num_tokens) - grants.live
+        if more <= 0:
+            return []
+        blocks = self.block_pool.get_new_blocks(more)
+        grants.grant(blocks)
+        self.req_to_blocks[request_id].extend(blocks)
+        return blocks
+
+    def accept(self, request_id: str, report: LaneReport) -> int:
+        """Take in a worker's report; the blocks it gives up go back to the pool.
+
+        Returns:
+            Blocks returned; 0 for a request that no longer runs or an earlier life of it.
+        """
+        grants = self.grants.get(request_id)
+        if grants is None:
+            return 0
+        back = grants.accept(report)
+        if back:
+            row = self.req_to_blocks[request_id]
+            for index, block in enumerate(grants.log):
+                if block is None:
+                    row[index] = self._null_block
+            self.block_pool.free_blocks(back)
+        return len(back)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        self.grants.pop(request_id, None)
+        return [block for block in super().pop_blocks_for_free(request_id) if not block.is_null]
+
+    @classmethod
+    def find_longest_cache_hit(cls, block_hashes: Any, max_length: int, kv_cache_group_ids: list[int],
+                               block_pool: BlockPool, *args: Any, **kwargs: Any) -> tuple[tuple[list, ...], int]:  # fmt: skip
+        """Prefix caching is refused at start for gated models, so there is never a hit."""
+        return tuple([] for _ in kv_cache_group_ids), 0

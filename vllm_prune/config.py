@@ -1,0 +1,188 @@
+"""The gated checkpoint's ``drop_gate`` section of config.json, and its gate file.
+
+A gated checkpoint is an ordinary Hugging Face folder: ``architectures: ["Pruned<Base>ForCausalLM"]``, the base weights,
+a ``drop_gate`` section and ``drop_gate.safetensors``. Read in the front end (to refuse early) and in the worker.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from vllm_prune.errors import PruneError
+from vllm_prune.gates import GATES, Gate, GateShape, Protection
+
+SECTION = "drop_gate"
+GATE_FILE = "drop_gate.safetensors"
+TENSOR_PREFIX = "drop_gate.layers"
+FORMAT_VERSION = 1
+MAX_STRENGTH = 16.0
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ProtectConfig(_Strict):
+    """Keys exempt from dropping, in tokens: the first ``sinks``, and any younger than ``window``."""
+
+    sinks: int = Field(0, ge=0)
+    window: int = Field(0, ge=0)
+
+
+class DropGateConfig(_Strict):
+    """The ``drop_gate`` section.
+
+    Attributes:
+        format_version: of this section; only 1 exists.
+        method: a name in ``vllm_prune.gates.GATES``.
+        params: keyword arguments of the gate class (DCP: rank, beta; DMS: delay, eps).
+        strength: 0 opens every gate, 1 is as trained, larger drops more.
+        num_layers, num_kv_heads, hidden_size: of the base the gates were trained on; must match config.json.
+        protect: keys no gate may drop.
+        expected_keep: mean fraction of KV kept at this strength, measured at export; admission plans with it
+            (a wrong value costs preemptions, never correctness).
+        dtype: of the gate tensors once loaded; ``auto`` is the model's.
+        provenance: how the gates were made, free form; not read by the server.
+    """
+
+    format_version: Literal[1] = 1
+    method: str
+    params: dict[str, int | float | str] = Field(default_factory=dict)
+    strength: float = Field(1.0, ge=0.0, le=MAX_STRENGTH, allow_inf_nan=False)
+    num_layers: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    protect: ProtectConfig = ProtectConfig()
+    expected_keep: float = Field(1.0, gt=0.0, le=1.0)
+    dtype: Literal["auto", "float32"] = "auto"
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def shape(self) -> GateShape:
+        return GateShape(self.hidden_size, self.num_kv_heads, self.num_layers)
+
+    @property
+    def protection(self) -> Protection:
+        return Protection(self.protect.sinks, self.protect.window)
+
+    def build_gate(self) -> Gate:
+        """A fresh gate of one layer. Raises PruneError for an unknown method or parameter."""
+        if self.method not in GATES:
+            raise PruneError(
+                f"drop_gate.method '{self.method}' is unknown.", f"Known methods: {', '.join(sorted(GATES))}."
+            )
+        try:
+            return GATES[self.method](self.shape, **self.params)  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise PruneError(
+                f"drop_gate.params of method '{self.method}' are wrong: {error}.",
+                "Export the checkpoint again, or correct config.json.",
+            ) from None
+
+
+def parse_drop_gate(hf_config: Any, override_strength: float | None = None) -> DropGateConfig:
+    """The validated section of a loaded Hugging Face config.
+
+    Args:
+        hf_config: the base model's config object with the raw section as an attribute.
+        override_strength: replaces the checkpoint's strength when given.
+
+    Raises:
+        PruneError: the section is absent, malformed, names an unknown method or field, or does not fit the base.
+    """
+    raw = getattr(hf_config, SECTION, None)
+    if raw is None:
+        raise PruneError(
+            f"config.json names a gated architecture but has no '{SECTION}' section.",
+            "Export the checkpoint again with `vllm-prune export`, or serve the base model under its own architecture.",
+        )
+    if not isinstance(raw, dict):
+        raise PruneError(f"'{SECTION}' in config.json must be an object, got {type(raw).__name__}.", "Export again.")
+    if override_strength is not None:
+        raw = {**raw, "strength": override_strength}
+    try:
+        section = DropGateConfig.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join([SECTION, *map(str, first["loc"])])
+        hint = "This version does not know the field." if first["type"] == "extra_forbidden" else first["msg"] + "."
+        raise PruneError(f"config.json field '{where}' is invalid: {hint}", "Correct it or export again.") from None
+    section.build_gate()
+    base = {
+        "num_layers": hf_config.num_hidden_layers,
+        "num_kv_heads": getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads,
+        "hidden_size": hf_config.hidden_size,
+    }
+    for field, expected in base.items():
+        if getattr(section, field) != expected:
+            raise PruneError(
+                f"drop_gate.{field} is {getattr(section, field)} but the base model has {expected}.",
+                "The gates belong to another base model: export them with the base they were trained on.",
+            )
+    return section
+
+
+def find_gate_file(model: str, revision: str | None = None) -> str:
+    """Path of the gate file of a local folder or a hub id. Raises PruneError when there is none."""
+    from transformers.utils.hub import cached_file
+
+    path = cached_file(model, GATE_FILE, revision=revision, _raise_exceptions_for_missing_entries=False,
+                       _raise_exceptions_for_connection_errors=False)  # fmt: skip
+    if path is None:
+        raise PruneError(f"'{GATE_FILE}' is missing in {model}.", "A gated checkpoint needs it beside its weights.")
+    return str(path)
+
+
+def load_gates(path: str, section: DropGateConfig) -> list[dict[str, torch.Tensor]]:
+    """Read and check the gate tensors of every layer.
+
+    Args:
+        path: of the gate file (safetensors only; nothing is ever unpickled).
+        section: the validated ``drop_gate`` section.
+
+    Returns:
+        One state dict a layer, L of them.
+
+    Raises:
+        PruneError: the file is truncated or no safetensors, a tensor is missing, unknown, of a wrong shape, or not finite.
+    """
+    wanted = {
+        f"{TENSOR_PREFIX}.{layer}.{name}": tensor.shape
+        for layer in range(section.num_layers)
+        for name, tensor in section.build_gate().state_dict().items()
+    }
+    again = "Copy or export the checkpoint again."
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = set(file.keys())
+            for name in sorted(set(wanted) ^ found):
+                kind = "missing" if name in wanted else "not part of this method"
+                raise PruneError(f"tensor '{name}' in {GATE_FILE} is {kind}.", again)
+            tensors = {name: file.get_tensor(name) for name in wanted}
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, PruneError):
+            raise
+        raise PruneError(f"{GATE_FILE} cannot be read: {error}.", again) from None
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name]:
+            raise PruneError(
+                f"tensor '{name}' in {GATE_FILE} has shape {list(tensor.shape)}, expected {list(wanted[name])}.", again
+            )
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor.float()).all()):
+            raise PruneError(f"tensor '{name}' in {GATE_FILE} holds values that are not finite numbers.", again)
+    layers: list[dict[str, torch.Tensor]] = [{} for _ in range(section.num_layers)]
+    for name, tensor in tensors.items():
+        layer, _, key = name.removeprefix(TENSOR_PREFIX + ".").partition(".")
+        layers[int(layer)][key] = tensor
+    return layers
+
+
+def read_config_json(model_dir: str) -> dict[str, Any]:
+    """config.json of a local folder, for tools outside vLLM."""
+    with open(f"{model_dir}/config.json", encoding="utf-8") as file:
+        return json.load(file)

@@ -1,0 +1,189 @@
+"""The KV connector that carries grants to the worker and reports back to the manager. It transfers no KV.
+
+Scheduler side (engine core): tells the worker of new grants and of requests that ended, hands reports to the manager,
+sums up each request. Worker side: applies them to the lane store before a step, closes the step after it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+
+from vllm_prune.cache.grants import LaneReport
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+    from vllm_prune.attention.state import WorkerState
+    from vllm_prune.cache.manager import PruneManager
+
+
+@dataclass
+class StepGrant:
+    """One scheduled request of a step: the grants the worker has not seen, and how far the step takes it.
+
+    Attributes:
+        epoch: of its grant log.
+        new_blocks: block ids, in log order.
+        covered: tokens computed once the step is done.
+        remaining: tokens known to follow (the rest of a prompt, or of what a preempted request had generated).
+        in_flight: tokens that may be scheduled before this step's report is read (0 without asynchronous scheduling).
+    """
+
+    epoch: int
+    new_blocks: list[int]
+    covered: int
+    remaining: int
+    in_flight: int
+
+
+@dataclass
+class PruneMetadata(KVConnectorMetadata):
+    """Scheduler to worker, one a step. ``ended``: ids whose life is over (finished, aborted or preempted)."""
+
+    ended: list[str] = field(default_factory=list)
+    grants: dict[str, StepGrant] = field(default_factory=dict)
+
+
+@dataclass
+class PruneReports(KVConnectorWorkerMetadata):
+    """Worker to scheduler, one a step and rank."""
+
+    reports: dict[str, LaneReport] = field(default_factory=dict)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> PruneReports:
+        if not isinstance(other, PruneReports) or self.reports.keys() != other.reports.keys():
+            raise ValueError("vllm-prune: ranks report different requests")
+        return PruneReports({req: report.merge(other.reports[req]) for req, report in self.reports.items()})
+
+
+class PruneConnector(KVConnectorBase_V1, SupportsHMA):
+    """See the module. Set by the config hook; never named on a command line."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._manager: PruneManager | None = None
+        self._state: WorkerState | None = None
+        self._requests: dict[str, Request] = {}
+        self._reports: dict[str, LaneReport] = {}
+        self._doomed: set[int] = set()
+        self._chunk = vllm_config.scheduler_config.max_num_batched_tokens
+        self._ahead = vllm_config.max_concurrent_batches - 1
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False
+
+    # Scheduler side ----------------------------------------------------------------------------------------------
+
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
+        (self._manager,) = kv_cache_manager.coordinator.single_type_managers  # type: ignore[assignment]
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        return 0, False
+
+    def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
+        return
+
+    def on_new_request(self, request: Request) -> None:
+        self._requests[request.request_id] = request
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> PruneMetadata:
+        assert self._manager is not None
+        ended = {*scheduler_output.finished_req_ids, *(scheduler_output.preempted_req_ids or ())}
+        meta = PruneMetadata(ended=sorted(ended))
+        computed = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
+        cached = scheduler_output.scheduled_cached_reqs
+        computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        for req_id, tokens in scheduler_output.num_scheduled_tokens.items():
+            grants = self._manager.grants[req_id]
+            covered = computed[req_id] + tokens
+            remaining = max(self._requests[req_id].num_tokens - covered, 0)
+            ahead = self._ahead * max(min(remaining, self._chunk), 1)
+            blocks = [block.block_id for block in grants.take_unsent()]
+            meta.grants[req_id] = StepGrant(grants.epoch, blocks, covered, remaining, ahead)
+        return meta
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        reports = connector_output.kv_connector_worker_meta
+        if isinstance(reports, PruneReports):
+            assert self._manager is not None
+            for req_id, report in reports.reports.items():
+                self._manager.accept(req_id, report)
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        self._requests.pop(request.request_id, None)
+        return False, self._summary(request)
+
+    def _summary(self, request: Request) -> dict[str, Any] | None:
+        """What rides on the response: keys kept and dropped over all layers and units, and blocks, of this request."""
+        assert self._manager is not None
+        grants = self._manager.grants.get(request.request_id)
+        if grants is None or grants.report is None:
+            return None
+        report = grants.report
+        total = report.held + report.dropped
+        return {
+            "vllm_prune": {
+                "tokens": report.covered,
+                "kept_fraction": report.held / total if total else 1.0,
+                "keys_held": report.held,
+                "keys_dropped": report.dropped,
+                "blocks_held": grants.live,
+                "blocks_peak": grants.peak,
+                "blocks_returned": grants.returned,
+                "blocks_dense": self._manager.kv_cache_spec.geometry.dense_blocks(report.covered),
+            }
+        }
+
+    # Worker side -------------------------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        from vllm_prune.attention.state import find_state
+
+        self._state = find_state(self._vllm_config)
+        self._state.bind(kv_caches)
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        # The first call of a step in vLLM's worker: before the batch is built, and also when nothing is scheduled.
+        if self._state is not None and isinstance(kv_connector_metadata, PruneMetadata):
+            self._state.begin_step(kv_connector_metadata)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        return
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        return
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        return
+
+    def wait_for_save(self) -> None:
+        # Once a step, after the forward pass: every layer has dropped and written what it had to.
+        if self._state is not None:
+            self._reports, self._doomed = self._state.end_step()
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        # vLLM's own way to end single requests with an error: one that has outgrown the whole pool would otherwise be
+        # preempted and recomputed for ever.
+        doomed, self._doomed = self._doomed, set()
+        return doomed
+
+    def build_connector_worker_meta(self) -> PruneReports | None:
+        reports, self._reports = self._reports, {}
+        return PruneReports(reports) if reports else None

@@ -1,0 +1,17 @@
+"""The one exception of the plugin's own: something is refused, with the reason and the way out."""
+
+from __future__ import annotations
+
+
+class PruneError(ValueError):
+    """A checkpoint, option or combination that vllm-prune refuses.
+
+    Args:
+        problem: what is wrong, naming the file, field or option.
+        way_out: what the user can do about it.
+    """
+
+    def __init__(self, problem: str, way_out: str) -> None:
+        super().__init__(f"vllm-prune: {problem} {way_out}")
+        self.problem = problem
+        self.way_out = way_out

@@ -1,0 +1,31 @@
+"""Drop gates: one file a method, and the contract in ``base``. Torch only."""
+
+from vllm_prune.gates.base import (
+    NEVER,
+    Gate,
+    GateShape,
+    Protection,
+    Reveal,
+    Scope,
+    decision_shift,
+    expiry_mask,
+)
+from vllm_prune.gates.dcp import DCPGate
+from vllm_prune.gates.dms import DMSGate
+
+GATES: dict[str, type[Gate]] = {gate.method: gate for gate in (DCPGate, DMSGate)}
+"""Every method by its name in a checkpoint's ``drop_gate`` section."""
+
+__all__ = [
+    "GATES",
+    "NEVER",
+    "DCPGate",
+    "DMSGate",
+    "Gate",
+    "GateShape",
+    "Protection",
+    "Reveal",
+    "Scope",
+    "decision_shift",
+    "expiry_mask",
+]

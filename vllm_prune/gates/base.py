@@ -1,0 +1,159 @@
+"""The contract between a drop gate and the machinery that serves or trains it.
+
+For one request, layer and KV head, key j has an *expiry*: the first query position that can no longer see it.
+Query i sees key j iff ``j <= i < expiry[j]``. A gate proposes expiries; they are only ever lowered.
+Gates know nothing of blocks or pages, the cache knows nothing of gates. Torch only: vLLM's worker and the trainer
+import the same files, so that what was trained is what is served.
+
+Dimension letters: B batch, T tokens, D_model hidden size, H KV heads, F features a token, r remembered numbers a token,
+E eviction units of a layer (1 for a layer-wide gate, H for one decision per KV head).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import Enum
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+NEVER = 2**31 - 1
+"""Expiry of a key that no query has rejected. Fits int32."""
+
+
+class Reveal(str, Enum):
+    """When the expiry of key j becomes known."""
+
+    AT_WRITE = "at_write"
+    DELAYED = "delayed"
+    BY_QUERY = "by_query"
+    AT_BOUNDARY = "at_boundary"
+    PER_REQUEST = "per_request"
+
+
+class Scope(str, Enum):
+    """Who shares one decision: all KV heads of a layer, or each KV head for itself."""
+
+    LAYER = "layer"
+    KV_HEAD = "kv_head"
+
+
+@dataclass(frozen=True)
+class GateShape:
+    """What a gate must know of the base model. Units: D_model numbers, H heads, L layers."""
+
+    hidden_size: int
+    num_kv_heads: int
+    num_layers: int
+
+
+@dataclass(frozen=True)
+class Protection:
+    """Keys that no gate may drop: the first ``sinks`` tokens, and every key younger than ``window`` tokens
+    (query n may drop key j only if ``n - j > window``). Both 0 in the published DCP."""
+
+    sinks: int = 0
+    window: int = 0
+
+
+def decision_shift(strength: float) -> float:
+    """Shift of the decision for a strength, in units of the gate's own scale.
+
+    0 opens every gate (+inf), 1 is as trained (0), larger values drop more (down to -1, never reached).
+
+    Raises:
+        ValueError: strength is negative or not a number.
+    """
+    if not strength >= 0.0:
+        raise ValueError(f"strength must be >= 0, got {strength}")
+    return math.inf if strength == 0.0 else 1.0 / strength - 1.0
+
+
+class Gate(nn.Module, ABC):
+    """One layer's drop gate. ``forward`` maps the layer's normed input to features, from which expiries follow.
+
+    Class attributes declare how it is served: ``reveal``, ``scope``, ``unit`` (scale of ``decision_shift``).
+    """
+
+    method: ClassVar[str]
+    reveal: ClassVar[Reveal]
+    scope: ClassVar[Scope]
+    unit: ClassVar[float] = 1.0
+
+    shape: GateShape
+
+    @property
+    @abstractmethod
+    def num_features(self) -> int:
+        """F: numbers a token hands to the attention op."""
+
+    @property
+    def num_remembered(self) -> int:
+        """r: of these, numbers kept per token for later queries; they live in a lane of their own. 0 = none."""
+        return 0
+
+    @property
+    def num_units(self) -> int:
+        """E: independent decisions per key in this layer."""
+        return 1 if self.scope is Scope.LAYER else self.shape.num_kv_heads
+
+    @abstractmethod
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Features of each token.
+
+        Args:
+            x: [..., D_model], the output of the layer's first norm (what feeds Q, K and V).
+
+        Returns:
+            [..., F], in the dtype of ``x``.
+        """
+
+    @abstractmethod
+    def expiry(self, features: torch.Tensor, strength: float, protection: Protection) -> torch.Tensor:
+        """Naive hard expiries of a whole sequence: the definition that every fast path is tested against.
+
+        Args:
+            features: [T, F].
+            strength: see ``decision_shift``.
+            protection: keys exempt from dropping.
+
+        Returns:
+            int64 [E, T], NEVER where no query of the sequence dropped the key.
+        """
+
+    @abstractmethod
+    def log_visibility(self, features: torch.Tensor, **soft: float) -> torch.Tensor:
+        """The soft twin: log V[n, j], added to the attention logits while training.
+
+        Args:
+            features: [B, T, F].
+            soft: the method's own temperature (``alpha`` for DCP, ``tau`` for DMS).
+
+        Returns:
+            float32 [B, E, T, T] (query, key), <= 0, non-increasing in the query; 0 for j >= n. Its hard limit is
+            the expiry mask.
+        """
+
+
+def expiry_mask(expiry: torch.Tensor) -> torch.Tensor:
+    """Visibility of each key to each query: ``j <= i < expiry[j]``.
+
+    Args:
+        expiry: int [E, T].
+
+    Returns:
+        bool [E, T, T] (query, key).
+    """
+    t = expiry.shape[-1]
+    pos = torch.arange(t, device=expiry.device)
+    return (pos[None, None, :] <= pos[None, :, None]) & (pos[None, :, None] < expiry[:, None, :])
+
+
+def protected_from(protection: Protection, num_tokens: int, device: torch.device | None = None) -> torch.Tensor:
+    """First query position at which each key may be dropped at all: int64 [T], NEVER for sinks."""
+    pos = torch.arange(num_tokens, device=device)
+    first = pos + protection.window + 1
+    return torch.where(pos < protection.sinks, torch.full_like(first, NEVER), first)

@@ -1,0 +1,76 @@
+"""Dynamic Memory Sparsification (NVIDIA / Edinburgh, arXiv 2506.05345), "separate" gate form.
+
+A linear map with its own RMSNorm gives one logit per token and KV head, logit = 100 g - 5. The logit of token j + 1
+decides about key j; the decision takes effect w tokens later:
+
+    expiry_j = j + w + 1 if logit_{j+1} > 0 else NEVER                     per (layer, KV head)
+
+Soft twin: log V[n, j] = log sigmoid(-logit_{j+1} / tau) for n - j > w, else 0.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from vllm_prune.gates.base import NEVER, Gate, GateShape, Protection, Reveal, Scope, decision_shift, protected_from
+
+LOGIT_SCALE = 100.0
+LOGIT_OFFSET = 5.0
+
+
+class DMSGate(Gate):
+    """DMS's gate for one layer.
+
+    Args:
+        shape: of the base model.
+        delay: w, tokens that a key stays visible after the decision about it could have been made. >= 0.
+        eps: of the gate's RMSNorm.
+    """
+
+    method: ClassVar[str] = "dms"
+    reveal: ClassVar[Reveal] = Reveal.DELAYED
+    scope: ClassVar[Scope] = Scope.KV_HEAD
+    unit: ClassVar[float] = LOGIT_OFFSET
+
+    def __init__(self, shape: GateShape, delay: int = 64, eps: float = 1e-6) -> None:
+        super().__init__()
+        if delay < 0:
+            raise ValueError(f"delay must be >= 0, got {delay}")
+        self.shape = shape
+        self.delay = delay
+        self.norm = nn.RMSNorm(shape.hidden_size, eps=eps)
+        self.gate = nn.Linear(shape.hidden_size, shape.num_kv_heads, bias=False)
+        nn.init.zeros_(self.gate.weight)  # every logit starts at -5: all kept
+
+    @property
+    def num_features(self) -> int:
+        return self.shape.num_kv_heads
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return LOGIT_SCALE * self.gate(self.norm(x)) - LOGIT_OFFSET
+
+    def expiry(self, features: torch.Tensor, strength: float, protection: Protection) -> torch.Tensor:
+        t = features.shape[0]
+        expiry = torch.full((self.num_units, t), NEVER, dtype=torch.int64, device=features.device)
+        shift = decision_shift(strength) * self.unit
+        if math.isinf(shift) or t < 2:
+            return expiry
+        evict = features[1:].float().T - shift > 0  # [H, T - 1]: logit of token j + 1 about key j
+        pos = torch.arange(t - 1, device=features.device)
+        at = (pos + self.delay + 1).maximum(protected_from(protection, t, features.device)[:-1])
+        expiry[:, :-1] = torch.where(evict & (at < NEVER), at, NEVER)
+        return expiry
+
+    def log_visibility(self, features: torch.Tensor, **soft: float) -> torch.Tensor:
+        b, t, _ = features.shape
+        logit = features.float() / soft["tau"]
+        keep = F.logsigmoid(-logit[:, 1:]).transpose(1, 2)  # [B, H, T - 1]
+        keep = torch.cat([keep, keep.new_zeros(b, self.num_units, 1)], dim=-1)
+        pos = torch.arange(t, device=features.device)
+        late = pos[:, None] - pos[None, :] > self.delay
+        return torch.where(late, keep[:, :, None, :], keep.new_zeros(()))
