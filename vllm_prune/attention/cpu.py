@@ -17,11 +17,13 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_prune.attention.masked import gather_lane, masked_attention
 from vllm_prune.attention.serving import DelayRule, QueryRule
-from vllm_prune.cache import steps
-from vllm_prune.cache.lane_ops import NEVER, drop_expired, fill_tables
+from vllm_prune.cache.geometry import cdiv
+from vllm_prune.cache.lane_ops import NEVER, Tokens, check, lib
 
 if TYPE_CHECKING:
+    from vllm_prune.attention.serving import ServedGate
     from vllm_prune.attention.state import PruneAttentionMetadata, Rows, WorkerState
+    from vllm_prune.cache.lanes import LaneStore
 
 
 class PruneCPUImpl(AttentionImpl):
@@ -57,11 +59,13 @@ class PruneCPUImpl(AttentionImpl):
         self.softcap = logits_soft_cap or 0.0
         self.kv_cache_dtype = kv_cache_dtype
         self.state: WorkerState | None = None
+        self.serving: ServedGate
+        self.tokens = Tokens()
         self.index = 0
         self.rule: QueryRule | DelayRule | None = None
 
     def attach(self, state: WorkerState, index: int) -> None:
-        self.state, self.index = state, index
+        self.state, self.index, self.serving = state, index, state.serving
 
     def forward(
         self,
@@ -89,185 +93,148 @@ class PruneCPUImpl(AttentionImpl):
         m = attn_metadata
         assert self.state is not None and self.state.store is not None
         store = self.state.store
-        t = m.num_actual_tokens
-        key, value = key[:t].contiguous(), value[:t].contiguous()
-        bits = (_bits(key, store), _bits(value, store), self._feature_bits(features, key, t, store))
-        self._decode(store, m.decodes, *bits)
-        whole = [(m.decodes.slots[i], m.decodes.first[i], 1) for i in range(len(m.decodes.slots))]
-        for i in range(len(m.chunks.slots)):
-            slot, first, count = int(m.chunks.slots[i]), int(m.chunks.first[i]), int(m.chunks.tokens[i])
-            if self._chunk(store, slot, first, count, int(m.chunks.positions[i]), query, key, value, bits, output):
-                whole.append((slot, first, count))
+        tokens = self.tokens.point(_rows(key), _rows(value), None if features is None else _rows(features))
+        if m.decodes.count:
+            self._decode(store, m.decodes, tokens)
+        whole = m.decodes.whole
+        if m.chunks.count:
+            undisturbed = [
+                i for i in range(m.chunks.count) if self._chunk(store, m.chunks, i, query, key, value, tokens, output)
+            ]
+            whole = whole + [(m.chunks.slots[i], m.chunks.first[i], m.chunks.tokens[i]) for i in undisturbed]
         if whole:
             self._attend(store, m, whole, query, output)
         return output
 
     # Dropping and writing ----------------------------------------------------------------------------------------
 
-    def _decode(self, store: Any, rows: Rows, key: np.ndarray, value: np.ndarray, features: np.ndarray) -> None:
-        if len(rows.slots) == 0:
-            return
-        args = (store.lanes, store.dims, self.index, rows.slots, rows.first, rows.positions, key, value, features)
-        served = self.state.serving  # type: ignore[union-attr]
+    def _decode(self, store: LaneStore, rows: Rows, tokens: Tokens) -> None:
+        args = (store.lanes.ref, self.index, rows.count, *rows.pointers, tokens)
+        served = self.serving
         if isinstance(self.rule, QueryRule):
-            scale, bias = np.float32(self.rule.scale), np.float32(self.rule.bias)
-            steps.decode_by_query(*args, scale, bias, served.sinks, served.window)
+            rule = self.rule
+            check(lib.steps_decode_by_query(*args, rule.scale, rule.bias, served.sinks, served.window))
         elif isinstance(self.rule, DelayRule):
-            steps.decode_delayed(*args, np.float32(self.rule.threshold), self.rule.delay, served.sinks)
+            check(lib.steps_decode_delayed(*args, self.rule.threshold, self.rule.delay, served.sinks))
         else:
-            steps.decode_open(*args)
+            check(lib.steps_decode_open(*args))
 
-    def _chunk(
-        self,
-        store: Any,
-        slot: int,
-        first: int,
-        count: int,
-        start: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        bits: tuple[np.ndarray, np.ndarray, np.ndarray],
-        output: torch.Tensor,
-    ) -> bool:
+    def _chunk(self, store: LaneStore, rows: Rows, i: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+               tokens: Tokens, output: torch.Tensor) -> bool:  # fmt: skip
         """Drop and write for one chunk. True: attention is left to the kernel (no key expires inside the chunk)."""
-        a, d, end = store.lanes, store.dims, first + count
-        own_bits = tuple(x[first:end] for x in bits)
-        unit_lanes = [self.index * d.per_layer + unit for unit in range(d.units)]
-        lengths = [int(a.length[slot, lane]) for lane in unit_lanes]
-        past = np.zeros((d.units, max(lengths)), np.int32)
-        chunk = np.full((d.units, count), NEVER, np.int32)
-        self._chunk_expiry(store, slot, start, own_bits[2], past, chunk)
-        last = start + count - 1
+        a = store.lanes
+        slot, first, count, start = (int(x[i]) for x in (rows.slots, rows.first, rows.tokens, rows.positions))
+        heads, per_layer = self.num_kv_heads, store.geometry.lanes_per_layer
+        lane0 = self.index * per_layer
+        lengths = a.length[slot, lane0 : lane0 + heads].copy()
+        width = int(lengths.max())
+        past = np.full((store.units, width), NEVER, np.int32)
+        chunk = np.full((store.units, count), NEVER, np.int32)
+        where = (a.ref, slot, self.index, start)
+        self._chunk_expiry(where, first, count, tokens, past, chunk)
+        last, end = start + count - 1, first + count
+        settled = (first, count, tokens, past.ctypes.data, width, chunk.ctypes.data)
         if not (_expires_within(past, start, last) or _expires_within(chunk, start, last)):
-            steps.settle_chunk(a, d, slot, self.index, start, start, past, chunk, *own_bits)
+            check(lib.steps_settle_chunk(*where, start, *settled))
             return True
         lanes = []
-        for h in range(d.H):
-            lane = self.index * d.per_layer + h
-            length = int(a.length[slot, lane])
-            pages = torch.from_numpy(a.table[slot, lane, : -(-length // d.N)])
-            lanes.append(gather_lane(store.kv_tensor, pages, length, d.D))
+        for h in range(heads):
+            pages = torch.from_numpy(a.table[slot, lane0 + h, : cdiv(int(lengths[h]), store.geometry.block_tokens)])
+            lanes.append(gather_lane(store.kv_tensor, pages, int(lengths[h]), self.head_size))  # type: ignore[arg-type]
         output[first:end] = masked_attention(
             query[first:end], lanes, key[first:end], value[first:end],
             torch.from_numpy(past), torch.from_numpy(chunk), start, self.scale,
         )  # fmt: skip
         # What expires by the next query is invisible to it: not kept. Nothing by query can expire later than ``last``.
-        steps.settle_chunk(a, d, slot, self.index, start, last + 1, past, chunk, *own_bits)
+        check(lib.steps_settle_chunk(*where, last + 1, *settled))
         return False
 
-    def _chunk_expiry(self, store: Any, slot: int, start: int, features: np.ndarray, past: np.ndarray, chunk: np.ndarray) -> None:
-        a, d, served = store.lanes, store.dims, self.state.serving  # type: ignore[union-attr]
+    def _chunk_expiry(self, where: tuple[Any, ...], first: int, count: int, tokens: Tokens, past: np.ndarray,
+                      chunk: np.ndarray) -> None:  # fmt: skip
+        served = self.serving
+        args = (*where, first, count, tokens)
         if isinstance(self.rule, QueryRule):
-            scale, bias = np.float32(self.rule.scale), np.float32(self.rule.bias)
-            steps.chunk_expiry_by_query(
-                a, d, slot, self.index, start, features, scale, bias, served.sinks, served.window, past[0], chunk[0]
-            )
+            rule = self.rule
+            check(lib.steps_chunk_expiry_by_query(*args, rule.scale, rule.bias, served.sinks, served.window,
+                                                  past.ctypes.data, chunk.ctypes.data))  # fmt: skip
         elif isinstance(self.rule, DelayRule):
-            threshold = np.float32(self.rule.threshold)
-            steps.chunk_expiry_delayed(
-                a, d, slot, self.index, start, features, threshold, self.rule.delay, served.sinks, past, chunk
-            )
-        else:
-            past[:] = NEVER
+            check(lib.steps_chunk_expiry_delayed(*args, self.rule.threshold, self.rule.delay, served.sinks,
+                                                 past.ctypes.data, past.shape[1], chunk.ctypes.data))  # fmt: skip
 
     # Attending ---------------------------------------------------------------------------------------------------
 
-    def _attend(self, store: Any, m: PruneAttentionMetadata, rows: list[tuple[int, int, int]], query: torch.Tensor,
+    def _attend(self, store: LaneStore, m: PruneAttentionMetadata, rows: list[tuple[int, int, int]], query: torch.Tensor,
                 output: torch.Tensor) -> None:  # fmt: skip
         """vLLM's kernel over all lanes of the given (slot, first token, count) rows."""
-        d, heads = store.dims, self.num_kv_heads
-        s = m.shared
-        if "tables" not in s:
-            width = -(-int(store.max_tokens) // d.N) + 1
-            s["slots"] = np.asarray([slot for slot, _, _ in rows], np.int32)
-            s["tables"] = np.zeros((len(rows) * heads, width), np.int32)
-            s["lengths"] = np.zeros(len(rows) * heads, np.int32)
-            s["rows"] = rows
-        if s["rows"] != rows:  # other layers may have handled other chunks
-            s["slots"] = np.asarray([slot for slot, _, _ in rows], np.int32)
-            s["tables"] = np.zeros((len(rows) * heads, s["tables"].shape[1]), np.int32)
-            s["lengths"] = np.zeros(len(rows) * heads, np.int32)
-            s["rows"] = rows
-            s.pop("plan", None)
-        fill_tables(store.lanes, d, s["slots"], self.index, s["tables"], s["lengths"])
-        counts = [count for _, _, count in rows]
-        lengths = torch.from_numpy(s["lengths"])
-        if "plan" not in s or self.rule is not None:
-            starts = np.zeros(len(rows) * heads + 1, np.int32)
-            np.cumsum(np.repeat(counts, heads), out=starts[1:])
-            s["starts"] = torch.from_numpy(starts)
-            s["plan"] = ops.cpu_attn_get_scheduler_metadata(
-                num_reqs=len(rows) * heads, num_heads=self.group, num_kv_heads=1, head_dim=d.D, seq_lens=lengths,
-                dtype=query.dtype, query_start_loc=s["starts"], causal=True, sliding_window_size=-1, isa="vec",
+        heads, group, size = self.num_kv_heads, self.group, self.head_size
+        n = store.geometry.block_tokens
+        plan = m.plan
+        if plan is None or plan.rows != rows:  # other layers may have handled other chunks
+            plan = m.plan = LanePlan(rows, heads, width=cdiv(store.max_tokens, n) + 1)
+        lib.lanes_fill_tables(store.lanes.ref, self.index, len(rows), *plan.pointers)
+        if plan.schedule is None or self.rule is not None:  # with open gates all layers have equal lengths
+            plan.schedule = ops.cpu_attn_get_scheduler_metadata(
+                num_reqs=len(rows) * heads, num_heads=group, num_kv_heads=1, head_dim=size, seq_lens=plan.lengths,
+                dtype=query.dtype, query_start_loc=plan.starts, causal=True, sliding_window_size=-1, isa="vec",
                 enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
             )  # fmt: skip
-        direct = max(counts) == 1 and rows[-1][1] - rows[0][1] == len(rows) - 1
-        begin = rows[0][1]
-        if direct:
-            lane_query = query[begin : begin + len(rows)].reshape(len(rows) * heads, self.group, d.D)
-            lane_out = output[begin : begin + len(rows)].view(len(rows) * heads, self.group, d.D)
+        if plan.direct:
+            begin = rows[0][1]
+            lane_query = query[begin : begin + len(rows)].reshape(len(rows) * heads, group, size)
+            lane_out = output[begin : begin + len(rows)].view(len(rows) * heads, group, size)
         else:
             lane_query = torch.cat([_by_lane(query[f : f + c], heads) for _, f, c in rows])
             lane_out = torch.empty_like(lane_query)
-        cache = store.kv_tensor.view(-1, 1, 2 * d.N, d.D)
+        cache = store.kv_tensor.view(-1, 1, 2 * n, size)  # type: ignore[union-attr]
         key_cache, value_cache = cache.chunk(2, dim=2)
         ops.cpu_attention_with_kv_cache(
             query=lane_query, key_cache=key_cache, value_cache=value_cache, output=lane_out,
-            query_start_loc=s["starts"], seq_lens=lengths, scale=self.scale, causal=True, alibi_slopes=None,
-            sliding_window=-1, block_table=torch.from_numpy(s["tables"]), softcap=self.softcap,
-            scheduler_metadata=s["plan"], s_aux=None,
+            query_start_loc=plan.starts, seq_lens=plan.lengths, scale=self.scale, causal=True, alibi_slopes=None,
+            sliding_window=-1, block_table=plan.tables, softcap=self.softcap, scheduler_metadata=plan.schedule, s_aux=None,
         )  # fmt: skip
-        if not direct:
+        if not plan.direct:
             at = 0
             for _, first, count in rows:
-                part = lane_out[at : at + count * heads].view(heads, count, self.group, d.D)
-                output[first : first + count] = part.transpose(0, 1).reshape(count, self.num_heads, d.D)
+                part = lane_out[at : at + count * heads].view(heads, count, group, size)
+                output[first : first + count] = part.transpose(0, 1).reshape(count, self.num_heads, size)
                 at += count * heads
 
-    def _feature_bits(self, features: torch.Tensor | None, key: torch.Tensor, t: int, store: Any) -> np.ndarray:
-        if features is None:
-            return _bits(key.new_empty((t, 0)), store)
-        return _bits(features[:t].contiguous(), store)
 
-    def warm_up(self) -> None:
-        """Compile (or load from cache) the loops this layer's method needs, so that no request waits for it."""
-        assert self.state is not None and self.state.store is not None
-        store = self.state.store
-        d = store.dims
-        none = np.zeros(0, np.int32)
-        kv = _bits(torch.empty(0, d.H, d.D, dtype=store.dtype), store)
-        width = 2 * d.r if isinstance(self.rule, QueryRule) else (d.units if self.rule else 0)
-        features = _bits(torch.empty(0, width, dtype=store.dtype), store)
-        a, at = store.lanes, self.index
-        rows = (a, d, at, none, none, none, kv, kv, features)
-        past, chunk = np.zeros((d.units, 0), np.int32), np.zeros((d.units, 0), np.int32)
-        f = np.float32(1)
-        if isinstance(self.rule, QueryRule):
-            steps.decode_by_query(*rows, f, f, 0, 0)
-            steps.chunk_expiry_by_query(a, d, 0, at, 0, features, f, f, 0, 0, past[0], chunk[0])
-        elif isinstance(self.rule, DelayRule):
-            steps.decode_delayed(*rows, f, 0, 0)
-            steps.chunk_expiry_delayed(a, d, 0, at, 0, features[:0], f, 0, 0, past, chunk)
-            drop_expired(a, d, 0, at, 0, 0)
-        else:
-            steps.decode_open(*rows)
-        steps.settle_chunk(a, d, 0, at, 0, 0, past, chunk, kv, kv, features)
-        fill_tables(a, d, none, at, np.zeros((0, 1), np.int32), none)
+class LanePlan:
+    """Tables of one kernel call over lanes, shared by the layers of a step that attend to the same rows.
+
+    Args:
+        rows: (slot, first token, count) of each request.
+        heads: H.
+        width: W', columns of the block table.
+    """
+
+    def __init__(self, rows: list[tuple[int, int, int]], heads: int, width: int) -> None:
+        self.rows = rows
+        counts = np.asarray([count for _, _, count in rows], np.int32)
+        self.direct = bool(counts.max() == 1) and rows[-1][1] - rows[0][1] == len(rows) - 1
+        starts = np.zeros(len(rows) * heads + 1, np.int32)
+        np.cumsum(np.repeat(counts, heads), out=starts[1:])
+        self.slots = np.asarray([slot for slot, _, _ in rows], np.int32)
+        self.starts = torch.from_numpy(starts)
+        self.tables = torch.zeros((len(rows) * heads, width), dtype=torch.int32)
+        self.lengths = torch.zeros(len(rows) * heads, dtype=torch.int32)
+        self.schedule: torch.Tensor | None = None
+        self.pointers = (self.slots.ctypes.data, self.tables.data_ptr(), width, self.lengths.data_ptr())
 
 
-def _bits(x: torch.Tensor, store: Any) -> np.ndarray:
-    return x.view(store.bits_dtype).numpy()
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x with dense rows; rows themselves may stay strided (a slice of a fused projection)."""
+    dense = x.stride(-1) == 1 and (x.dim() == 2 or x.stride(1) == x.shape[2])
+    return x if dense else x.contiguous()
 
 
 def _by_lane(x: torch.Tensor, heads: int) -> torch.Tensor:
     """[C, H * G, D] to [H * C, G, D]: each KV head's tokens as a sequence of its own."""
     c, all_heads, size = x.shape
-    return x.view(c, heads, all_heads // heads, size).transpose(0, 1).reshape(heads * c, all_heads // heads, size)
+    return x.reshape(c, heads, all_heads // heads, size).transpose(0, 1).reshape(heads * c, all_heads // heads, size)
 
 
 def _expires_within(expiry: np.ndarray, start: int, last: int) -> bool:
     """Whether a key visible to the query at ``start`` is invisible to the one at ``last``."""
     return bool(((expiry > start) & (expiry <= last)).any())
-
-

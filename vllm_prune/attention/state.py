@@ -6,8 +6,8 @@ One per model on a worker, made by the metadata builder, found by the connector 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,20 +19,24 @@ from vllm_prune.cache.spec import PruneSpec
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from vllm_prune.attention.cpu import LanePlan
     from vllm_prune.attention.gated import GatedAttention
     from vllm_prune.connector import PruneMetadata, StepGrant
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass
 class Rows:
-    """Requests of one step, in batch order. All int32 numpy, one entry a request."""
+    """Requests of one step, in batch order: slot, first token in the batch, tokens, position of the first token.
 
-    slots: np.ndarray
-    first: np.ndarray
-    tokens: np.ndarray
-    positions: np.ndarray
+    Args: four int32 numpy arrays of one entry a request.
+    """
+
+    def __init__(self, slots: np.ndarray, first: np.ndarray, tokens: np.ndarray, positions: np.ndarray) -> None:
+        self.slots, self.first, self.tokens, self.positions = slots, first, tokens, positions
+        self.count = len(slots)
+        self.whole = [(int(s), int(f), 1) for s, f in zip(slots, first, strict=True)]
+        self.pointers = (slots.ctypes.data, first.ctypes.data, positions.ctypes.data)
 
     def pick(self, mask: np.ndarray) -> Rows:
         return Rows(self.slots[mask], self.first[mask], self.tokens[mask], self.positions[mask])
@@ -47,14 +51,14 @@ class PruneAttentionMetadata:
         state: of the worker.
         decodes: rows with one token.
         chunks: rows with several.
-        shared: scratch shared by the layers of a step while gates are open (all lanes then have equal lengths).
+        plan: tables of the kernel call, shared by layers that attend to the same rows.
     """
 
     num_actual_tokens: int
     state: WorkerState
     decodes: Rows
     chunks: Rows
-    shared: dict[str, Any] = field(default_factory=dict)
+    plan: LanePlan | None = None
 
 
 class WorkerState:
@@ -84,7 +88,7 @@ class WorkerState:
             layer.impl.attach(self, index)  # type: ignore[attr-defined]
 
     def bind(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Attach the allocated KV cache and compile the lane loops."""
+        """Attach the allocated KV cache."""
         views = [kv_caches[name] for name in self.layer_names]
         self.store = LaneStore(
             self.spec.geometry,
@@ -97,7 +101,6 @@ class WorkerState:
             record=self.record,
         )
         self.store.bind(views)
-        self.layers[0].impl.warm_up()  # type: ignore[attr-defined]
 
     def begin_step(self, meta: PruneMetadata) -> None:
         """Bury the dead first: their blocks may be among the new grants."""

@@ -2,7 +2,7 @@
 
 Owns: which head-page belongs to which lane, and the record of positions and expiries. Does not own: the KV memory itself
 (vLLM allocates it), nor the decision which blocks a request gets (the scheduler's manager grants them).
-Runs in the worker; CPU (the arrays are numpy, the loops in ``lane_ops`` compiled).
+Runs in the worker; CPU (the arrays are numpy, the loops over them compiled, ``lane_ops``).
 """
 
 from __future__ import annotations
@@ -14,10 +14,7 @@ import torch
 
 from vllm_prune.cache.geometry import LaneGeometry, cdiv
 from vllm_prune.cache.grants import LaneReport
-from vllm_prune.cache.lane_ops import Dims, Lanes, summarize
-from vllm_prune.cache.pack import pack_slot
-
-_BITS = {torch.bfloat16: (torch.uint16, 16), torch.float32: (torch.uint32, 0)}
+from vllm_prune.cache.lane_ops import Lanes, check, lib
 
 
 @dataclass
@@ -71,29 +68,10 @@ class LaneStore:
         self.shrink_limit = (max_grants - dense) if max_grants is not None else None
         self.record = record
         self.events: dict[tuple[str, int], list[np.ndarray]] = {}
-        bits, shift = _BITS[dtype]
-        self.bits_dtype = bits
-        self.dims = Dims(
-            H=g.num_kv_heads, N=g.block_tokens, D=g.head_size, r=g.gate_rank, Ng=max(g.gate_page_tokens, 1),
-            per_layer=g.lanes_per_layer, shift=shift, units=units,
-        )  # fmt: skip
-        width = cdiv(max_tokens, g.block_tokens) + 1
-        np_bits = np.uint16 if bits is torch.uint16 else np.uint32
-        # np.zeros is backed by memory only where touched, so the worst case costs address space alone.
         self.lanes = Lanes(
-            kv=np.zeros((0, 2 * g.block_tokens * g.head_size), np_bits),
-            table=np.zeros((max_requests, g.num_lanes, width), np.int32),
-            length=np.zeros((max_requests, g.num_lanes), np.int32),
-            free=np.zeros((max_requests, (dense + 2) * g.pages_per_block), np.int32),
-            n_free=np.zeros(max_requests, np.int32),
-            page_lane=np.full(self.num_pages, -1, np.int32),
-            page_index=np.zeros(self.num_pages, np.int32),
-            pos=np.zeros((self.num_pages, g.block_tokens), np.int32),
-            exp=np.zeros((self.num_pages, g.block_tokens), np.int32),
-            dropped=np.zeros((max_requests, g.num_layers, units), np.int64),
-            events=np.zeros((0, 4), np.int32),
-            n_events=np.zeros(1, np.int64),
-        )
+            g, num_blocks, max_requests, width=cdiv(max_tokens, g.block_tokens) + 1,
+            free_width=(dense + 2) * g.pages_per_block, units=units, elem=dtype.itemsize,
+        )  # fmt: skip
         self.slots: dict[str, SlotState] = {}
         self.slot_of_block: dict[int, str] = {}
         self._free_slots = list(range(max_requests - 1, -1, -1))
@@ -121,7 +99,7 @@ class LaneStore:
                 )
         flat = torch.as_strided(layers[0], (self.num_pages, page), (page, 1), layers[0].storage_offset())
         self.kv_tensor = flat
-        self.lanes = self.lanes._replace(kv=flat.view(self.bits_dtype).numpy())
+        self.lanes.bind(flat)
 
     # Life of a request -------------------------------------------------------------------------------------------
 
@@ -149,8 +127,8 @@ class LaneStore:
         pages = ((layer * self.num_blocks + blocks[::-1, None, None]) * g.num_kv_heads + head).reshape(-1)
         n = int(a.n_free[s])
         # Newest grants at the bottom of the stack: the lowest grants fill first.
-        a.free[s, len(pages) : len(pages) + n] = a.free[s, :n].copy()
-        a.free[s, : len(pages)] = pages
+        a.free_pages[s, len(pages) : len(pages) + n] = a.free_pages[s, :n].copy()
+        a.free_pages[s, : len(pages)] = pages
         a.n_free[s] = n + len(pages)
 
     def forget(self, req_id: str) -> None:
@@ -190,7 +168,8 @@ class LaneStore:
         g, a = self.geometry, self.lanes
         states = [self.slots[req_id] for req_id in covered]
         counts = np.empty((len(states), 5), np.int64)
-        summarize(a, self.dims, np.asarray([state.slot for state in states], np.int32), g.num_layers, counts)
+        slots = np.asarray([state.slot for state in states], np.int32)
+        lib.lanes_summarize(a.ref, len(states), slots.ctypes.data, counts.ctypes.data)
         reports = {}
         for (req_id, tokens), state, row in zip(covered.items(), states, counts.tolist(), strict=True):
             state.covered = tokens
@@ -216,10 +195,9 @@ class LaneStore:
 
     def _pack(self, state: SlotState, kept: list[int], gone: list[int]) -> None:
         """Move every page in use out of the grants ``gone`` into free pages of the grants ``kept``, then give up."""
-        g = self.geometry
-        keep_blocks = np.asarray([state.grants[i] for i in kept], np.int32)
-        gone_blocks = np.asarray([state.grants[i] for i in gone], np.int32)
-        pack_slot(self.lanes, self.dims, state.slot, keep_blocks, gone_blocks, self.num_blocks, g.num_layers)
+        stay = np.asarray([state.grants[i] for i in kept], np.int32)
+        leave = np.asarray([state.grants[i] for i in gone], np.int32)
+        check(lib.lanes_pack(self.lanes.ref, state.slot, stay.ctypes.data, len(stay), leave.ctypes.data, len(leave)))
         for i in gone:
             state.grants[i] = -1
 
@@ -239,7 +217,7 @@ class LaneStore:
         """Make room for ``most`` drop events in the coming step (nothing when not recording)."""
         if self.record and self.lanes.events.shape[0] < most:
             self.take_events()
-            self.lanes = self.lanes._replace(events=np.zeros((most, 4), np.int32))
+            self.lanes.make_events(most)
 
     def expiries(self, req_id: str, epoch: int | None = None) -> np.ndarray:
         """Recorded expiries of a request (``record`` on): int64 [L, E, T], NEVER where none. T tokens covered.

@@ -90,8 +90,9 @@ class DCPGate(Gate):
         return expiry
 
     def log_visibility(self, features: torch.Tensor, **soft: float) -> torch.Tensor:
-        s = self.scores(features)  # [B, T, T]
+        q, k = features.float().split(self.rank, dim=-1)
+        s = k @ q.transpose(-1, -2) / math.sqrt(self.rank) + self.beta.float()  # [B, T, T] (key, query)
         t = s.shape[-1]
-        past = torch.ones(t, t, dtype=torch.bool, device=s.device).tril(-1)
+        past = torch.ones(t, t, dtype=torch.bool, device=s.device).triu(1)
         log_p = log_sigma_alpha(s, soft["alpha"]).masked_fill(~past, 0.0)
-        return log_p.cumsum(dim=-2).clamp_min(LOG_FLOOR)[:, None]
+        return log_p.cumsum(dim=-1).clamp_min(LOG_FLOOR).transpose(-1, -2)[:, None]  # over contiguous queries: faster

@@ -1,8 +1,12 @@
-"""sigma_alpha: the first coordinate of alpha-entmax on (s, 0), solved in p-space, with its own gradient.
+"""sigma_alpha: the first coordinate of alpha-entmax on (s, 0), with its own gradient.
 
 For |s| < 1/(alpha - 1), p solves p^(a-1) - (1-p)^(a-1) = (a-1) s; outside, p is exactly 0 or 1. alpha -> 1 is the
 logistic sigmoid, alpha = 2 is clip((1 + s)/2, 0, 1), alpha -> inf the step function. Inside,
 dp/ds = 1 / (p^(a-2) + (1-p)^(a-2)); zero outside. (Peters et al. 2019, arXiv 1905.05702, for alpha-entmax.)
+
+Below, a = alpha - 1, p <= 1/2 <= q = 1 - p, u = p^a, w = q^a and t = a |s|, so that w - u = t. By symmetry
+p(-s) = 1 - p(s), hence only the smaller of the two is solved for, by Newton's method in w (a >= 1) or in u (a < 1):
+there the residual is concave with a slope between 1 and 2, and three steps reach float32 precision.
 """
 
 from __future__ import annotations
@@ -10,58 +14,78 @@ from __future__ import annotations
 import torch
 
 _NEAR_ONE = 1e-3
+_TINY = 1e-37
 LOG_P_FLOOR = -30.0
 """log p where p is exactly 0."""
 
+Alpha = float | torch.Tensor
+"""A tensor (0-dim, >= 1.02) has no branches on its value: for compiled training with a changing alpha."""
 
-def sigma_alpha(s: torch.Tensor, alpha: float, iterations: int = 24) -> torch.Tensor:
-    """Keep probability, no gradient. s: any shape, float32 or float64; alpha >= 1. Same shape and dtype."""
+
+def _solve(s: torch.Tensor, alpha: Alpha, iterations: int) -> tuple[torch.Tensor, ...]:
+    """p <= 1/2, q, u, w as above for each s. Where |s| >= 1/a, p and u are about 0 and no better defined."""
+    a = torch.as_tensor(alpha, dtype=s.dtype, device=s.device) - 1.0
+    t = (a * s.abs()).clamp(max=1.0)
+    high = a >= 1.0  # x, y = q, w there, else p, u; the others are xc, yc
+    sign = torch.where(high, 1.0, -1.0).to(s.dtype)
+    half = torch.exp2(-a)
+    low_end, high_end = torch.where(high, half, 0.0), torch.where(high, 1.0, half)
+    y = torch.where(high, torch.maximum(t, half), torch.minimum(1.0 - t, half))
+    for _ in range(iterations):
+        y = y.clamp_min(_TINY)
+        x = torch.exp(torch.log(y) / a)
+        xc = (1.0 - x).clamp_min(1e-12)
+        yc = torch.exp(a * torch.log(xc))
+        y = y - (y - yc - sign * t) / (1.0 + (yc * x) / (xc * y))
+        y = torch.minimum(torch.maximum(y, low_end), high_end)
+    y = y.clamp_min(_TINY)
+    log_x = torch.log(y) / a
+    x, xc = torch.exp(log_x), -torch.expm1(log_x)
+    yc = torch.exp(a * torch.log(xc.clamp_min(_TINY)))
+    p, q, u, w = torch.where(high, xc, x), torch.where(high, x, xc), torch.where(high, yc, y), torch.where(high, y, yc)
+    return p, q, u, w
+
+
+def _iterations(s: torch.Tensor) -> int:
+    return 3 if s.dtype == torch.float32 else 5
+
+
+def _is_sigmoid(alpha: Alpha) -> bool:
+    if isinstance(alpha, torch.Tensor):
+        return False
     if alpha < 1.0:
         raise ValueError(f"alpha must be >= 1, got {alpha}")
-    if alpha - 1.0 < _NEAR_ONE:
+    return alpha - 1.0 < _NEAR_ONE
+
+
+def sigma_alpha(s: torch.Tensor, alpha: Alpha) -> torch.Tensor:
+    """Keep probability, no gradient. s: any shape, float32 or float64; alpha >= 1. Same shape and dtype."""
+    if _is_sigmoid(alpha):
         return torch.sigmoid(s)
-    a = alpha - 1.0
-    if abs(a - 1.0) < 1e-6:
-        return ((1.0 + s) / 2.0).clamp(0.0, 1.0)
-    target = (a * s).clamp(-1.0, 1.0)
-    # By symmetry p(-s) = 1 - p(s): solve for s <= 0, where p in [0, 1/2] and small p keeps its relative precision.
-    t = target.abs()
-    lo, hi = torch.zeros_like(t), torch.full_like(t, 0.5)
-    p = (1.0 - t) * 0.5
-    for _ in range(iterations):  # Newton on the monotone residual, kept in its bracket by bisection
-        f = (1.0 - p).pow(a) - p.pow(a) - t
-        hi = torch.where(f < 0, p, hi)
-        lo = torch.where(f >= 0, p, lo)
-        slope = a * ((1.0 - p).pow(a - 1.0) + p.clamp_min(1e-30).pow(a - 1.0))
-        step = p + f / slope
-        inside = (step > lo) & (step < hi) & torch.isfinite(step)
-        p = torch.where(inside, step, 0.5 * (lo + hi))
-    p = torch.where(t >= 1.0, torch.zeros_like(p), p)
-    return torch.where(target <= 0, p, 1.0 - p)
+    p, q, _, _ = _solve(s, alpha, _iterations(s))
+    inside = s.abs() * (alpha - 1.0) < 1.0
+    return torch.where(s > 0, torch.where(inside, q, 1.0), torch.where(inside, p, 0.0))
 
 
 class _LogSigmaAlpha(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, s: torch.Tensor, alpha: float) -> torch.Tensor:  # type: ignore[override]
-        p = sigma_alpha(s, alpha)
-        ctx.save_for_backward(p)
-        ctx.alpha = alpha
-        return p.log().clamp_min(LOG_P_FLOOR)
+    def forward(ctx, s: torch.Tensor, alpha: Alpha) -> torch.Tensor:  # type: ignore[override]
+        p, q, u, w = _solve(s, alpha, _iterations(s))
+        inside = s.abs() * (alpha - 1.0) < 1.0
+        # d log p / ds = (1/p) / (p^(a-1) + q^(a-1)) = 1 / (u + w p/q), and with p and q (u and w) swapped for s > 0
+        slope = torch.where(s > 0, 1.0 / (w + u * q / p.clamp_min(_TINY)), 1.0 / (u + w * p / q).clamp_min(_TINY))
+        log_p = torch.where(s > 0, torch.log1p(-p), torch.log(p.clamp_min(_TINY)).clamp_min(LOG_P_FLOOR))
+        ctx.save_for_backward(torch.where(inside, slope, 0.0))
+        return torch.where(inside, log_p, torch.where(s > 0, 0.0, LOG_P_FLOOR))
 
     @staticmethod
     def backward(ctx, *grads: torch.Tensor):  # type: ignore[override]
-        (p,) = ctx.saved_tensors
-        if ctx.alpha - 1.0 < _NEAR_ONE:
-            return grads[0] * (1.0 - p), None
-        inside = (p > 0) & (p < 1)
-        safe = torch.where(inside, p, torch.full_like(p, 0.5))
-        # d log p / ds = (1 / p) / (p^(a-2) + (1-p)^(a-2))
-        slope = safe * (safe.pow(ctx.alpha - 2.0) + (1.0 - safe).pow(ctx.alpha - 2.0))
-        return torch.where(inside, grads[0] / slope, torch.zeros_like(p)), None
+        (slope,) = ctx.saved_tensors
+        return grads[0] * slope, None
 
 
-def log_sigma_alpha(s: torch.Tensor, alpha: float) -> torch.Tensor:
+def log_sigma_alpha(s: torch.Tensor, alpha: Alpha) -> torch.Tensor:
     """log sigma_alpha(s), clamped at LOG_P_FLOOR, differentiable in s. Same shape; float32 or float64."""
-    if alpha - 1.0 < _NEAR_ONE:
+    if _is_sigmoid(alpha):
         return torch.nn.functional.logsigmoid(s).clamp_min(LOG_P_FLOOR)
     return _LogSigmaAlpha.apply(s, alpha)  # type: ignore[no-any-return]

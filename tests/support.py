@@ -1,0 +1,123 @@
+"""Tiny random models, gated checkpoints and in-process engines for tests. No network, no files of the repository."""
+
+from __future__ import annotations
+
+import gc
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from vllm_prune.checkpoint import GENERIC_ARCHITECTURE, add_gates
+from vllm_prune.gates import DCPGate, DMSGate, Gate, GateShape
+
+VOCAB = 512
+
+
+def tiny_config(family: str, head_dim: int = 64, group: int = 2, kv_heads: int = 2, layers: int = 3, **more: Any) -> Any:
+    """A small config of a family: hidden size follows from the heads."""
+    heads = kv_heads * group
+    return AutoConfig.for_model(
+        family, vocab_size=VOCAB, hidden_size=128, intermediate_size=192, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=2048,
+        tie_word_embeddings=False, bos_token_id=0, eos_token_id=1, pad_token_id=2, sliding_window=None, **more,
+    )  # fmt: skip
+
+
+def save_base(folder: Path, config: Any, dtype: torch.dtype, seed: int = 0) -> Path:
+    """A random model with weights large enough that attention matters."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2 and "embed" not in name:
+                weight.normal_(std=1.5 / weight.shape[1] ** 0.5)
+            elif weight.ndim == 2:
+                weight.normal_(std=1.0)
+    model.to(dtype).save_pretrained(folder)
+    config_path = folder / "config.json"
+    data = json.loads(config_path.read_text())
+    data["dtype"] = str(dtype).removeprefix("torch.")
+    config_path.write_text(json.dumps(data))
+    return folder
+
+
+def random_gates(config: Any, method: str, seed: int = 0, **params: Any) -> list[Gate]:
+    """Gates that drop a good part of a random model's keys. DCP: at ``beta`` > 0 keys die gradually."""
+    torch.manual_seed(seed + 1000)
+    shape = GateShape(config.hidden_size, config.num_key_value_heads, config.num_hidden_layers)
+    gates: list[Gate] = []
+    for _ in range(shape.num_layers):
+        if method == "dcp":
+            gate: Gate = DCPGate(shape, **{"rank": 16, "beta": 1.5, **params})
+            torch.nn.init.normal_(gate.qk.weight, std=0.7 / shape.hidden_size**0.25 / 2)
+        else:
+            gate = DMSGate(shape, **{"delay": 8, **params})
+            torch.nn.init.normal_(gate.gate.weight, std=1.0 / shape.hidden_size**0.5)
+        gates.append(gate)
+    return gates
+
+
+def save_gated(folder: Path, config: Any, method: str, dtype: torch.dtype = torch.float32, seed: int = 0,
+               section: dict[str, Any] | None = None, generic: bool = False, **params: Any) -> Path:  # fmt: skip
+    """A random gated checkpoint."""
+    save_base(folder, config, dtype, seed)
+    gates = random_gates(config, method, seed, **params)
+    defaults = {"rank": 16, "beta": 1.5} if method == "dcp" else {"delay": 8}
+    add_gates(folder, gates, {"params": {**defaults, **params}, **(section or {})},
+              architecture=GENERIC_ARCHITECTURE if generic else None)  # fmt: skip
+    return folder
+
+
+def engine(model: Path, **kwargs: Any) -> Any:
+    """An in-process ``vllm.LLM`` with a small explicit pool."""
+    from vllm import LLM
+
+    defaults: dict[str, Any] = {
+        "skip_tokenizer_init": True, "max_model_len": 1024, "max_num_seqs": 16, "block_size": 32, "enforce_eager": True,
+        "kv_cache_memory_bytes": 64 << 20, "seed": 0, "disable_log_stats": True, "max_num_batched_tokens": 1024,
+    }  # fmt: skip
+    return LLM(str(model), **{**defaults, **kwargs})
+
+
+def close(llm: Any) -> None:
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+
+
+def prompts(lengths: list[int], seed: int = 0) -> list[dict[str, list[int]]]:
+    rng = random.Random(seed)
+    return [{"prompt_token_ids": [rng.randrange(3, VOCAB) for _ in range(n)]} for n in lengths]
+
+
+def generate(llm: Any, batch: list[dict[str, list[int]]], tokens: int = 24) -> list[Any]:
+    """Greedy, ignoring end of text."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    return llm.generate(batch, params, use_tqdm=False)
+
+
+def token_ids(outputs: list[Any]) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def scheduler_of(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def state_of(llm: Any) -> Any:
+    """The worker's state of an in-process engine."""
+    from vllm_prune.attention.state import find_state
+
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    return find_state(runner.vllm_config)
+
+
+def pool_is_whole(llm: Any) -> bool:
+    pool = scheduler_of(llm).kv_cache_manager.block_pool
+    return pool.get_num_free_blocks() == pool.num_gpu_blocks - 1

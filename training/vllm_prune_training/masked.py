@@ -1,0 +1,245 @@
+"""Drop gates on any Hugging Face decoder, as masks: the naive twin of the server, used to train and to check.
+
+A pre-hook on each layer's ``self_attn`` takes the layer's normed input, the gate turns it into features, and an
+attention function of our own applies what follows from them: a soft bias (training), a hard expiry mask (what the
+server does), or nothing but causality.
+
+Dimension letters: B batch, T tokens, L layers, H KV heads, G query heads per KV head, D head size, F features a token,
+E eviction units of a layer (1 or H), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from vllm_prune.config import DropGateConfig, find_gate_file, load_gates, parse_drop_gate
+from vllm_prune.gates import Gate, expiry_mask
+
+ATTENTION = "vllm_prune_masked"
+Mode = Literal["soft", "hard", "open"]
+Perturb = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class GatedOutput:
+    """What ``GatedModel.forward`` returns; the lists have one entry a layer.
+
+    Attributes:
+        logits: [B, T, V] ([T, V] for unbatched input), empty when they were not asked for.
+        hidden: [B, T, D_model], output of the final norm.
+        features: [B, T, F] a layer, as scored (soft and hard mode).
+        log_visibility: float32 [B, E, T, T] a layer (soft mode).
+        expiry: int64 [B, L, E, T], or [L, E, T] for unbatched input (hard mode).
+    """
+
+    logits: torch.Tensor
+    hidden: torch.Tensor
+    features: list[torch.Tensor] = field(default_factory=list)
+    log_visibility: list[torch.Tensor] = field(default_factory=list)
+    expiry: torch.Tensor | None = None
+
+
+@dataclass
+class _LayerCall:
+    """What one layer's hook hands to its attention: at most one of a bias and a mask, both [B, E, T, T]."""
+
+    bias: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    bias: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal grouped-query attention, softmax in float32.
+
+    Args:
+        query: [B, H * G, T, D]; key, value: [B, H, T, D].
+        scaling: of the logits.
+        bias: float32 [B, E, T, T] (query, key), added to the scaled logits.
+        mask: bool [B, E, T, T], True where a key is visible; causal by itself.
+
+    Returns:
+        [B, T, H * G, D].
+    """
+    b, heads, t, d = query.shape
+    h = key.shape[1]
+    grouped = query.reshape(b, h, heads // h, t, d)
+    logits = (grouped @ key[:, :, None].transpose(-1, -2)).float() * scaling  # [B, H, G, T, T]
+    if bias is not None:
+        logits = logits + bias[:, :, None]
+    if mask is None:
+        mask = torch.ones(t, t, dtype=torch.bool, device=query.device).tril()
+        logits = logits.masked_fill(~mask, float("-inf"))
+    else:
+        logits = logits.masked_fill(~mask[:, :, None], float("-inf"))
+    out = logits.softmax(dim=-1).to(value.dtype) @ value[:, :, None]
+    return out.reshape(b, heads, t, d).transpose(1, 2).contiguous()
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function of gated models, in the interface of ``ALL_ATTENTION_FUNCTIONS``."""
+    call: _LayerCall = module.prune_call  # type: ignore[assignment]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend(query, key, value, scale, call.bias, call.mask), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
+
+
+class GatedModel(nn.Module):
+    """A causal decoder with one gate a layer.
+
+    Args:
+        model: any Hugging Face causal LM whose decoder layers have a ``self_attn`` that uses the attention interface.
+        gates: one a layer.
+        section: strength, protection and dtype are honoured in hard mode.
+        cache_dtype: features are rounded to it before they are scored, as the server's KV cache does; default is
+            the model's own dtype.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        gates: Sequence[Gate],
+        section: DropGateConfig,
+        cache_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        layers = model.get_decoder().layers
+        if not len(layers) == len(gates) == section.num_layers:
+            raise ValueError(f"{len(layers)} layers, {len(gates)} gates, section of {section.num_layers} layers")
+        self.model, self.gates, self.section = model, nn.ModuleList(gates), section
+        self.cache_dtype = cache_dtype or model.dtype
+        self.calls = [_LayerCall() for _ in layers]
+        self._mode: Mode = "open"
+        self._soft: dict[str, Any] = {}
+        self._perturb: Perturb | None = None
+        self._strength = section.strength
+        self._features: list[torch.Tensor] = []
+        self._found: list[torch.Tensor] = []
+        model.set_attn_implementation(ATTENTION)
+        for index, layer in enumerate(layers):
+            object.__setattr__(layer.self_attn, "prune_call", self.calls[index])
+            layer.self_attn.register_forward_pre_hook(self._hook(index), with_kwargs=True)
+
+    @property
+    def config(self) -> Any:
+        """The base model's configuration."""
+        return self.model.config
+
+    def features(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        """What the server would score: the gate's output of x [B, T, D_model], rounded to the cache's dtype."""
+        gate = self.gates[layer]
+        dtype = next(gate.parameters()).dtype
+        with torch.autocast(x.device.type, enabled=False):
+            return gate(x.to(dtype)).to(self.cache_dtype)
+
+    def _hook(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def take(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            call = self.calls[index]
+            call.bias = call.mask = None
+            if self._mode != "open":
+                self._gate(index, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+
+        return take
+
+    def _gate(self, index: int, x: torch.Tensor) -> None:
+        gate, call = self.gates[index], self.calls[index]
+        features = self.features(index, x)
+        if self._mode == "hard":
+            rows = [gate.expiry(row, self._strength, self.section.protection) for row in features]
+            found = torch.stack(rows)  # [B, E, T]
+            call.mask = torch.stack([expiry_mask(row) for row in rows])
+        else:
+            if self._perturb is not None:
+                features = self._perturb(features)
+            found = call.bias = gate.log_visibility(features, **self._soft)
+        self._features.append(features)
+        self._found.append(found)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        mode: Mode = "hard",
+        *,
+        strength: float | None = None,
+        perturb: Perturb | None = None,
+        logits: bool = True,
+        body: Callable[..., Any] | None = None,
+        **soft: Any,
+    ) -> GatedOutput:
+        """Run whole sequences without a cache.
+
+        Args:
+            input_ids: int64 [B, T] or [T].
+            mode: soft bias, hard expiry mask, or open (the base model).
+            strength: replaces the section's in hard mode.
+            perturb: applied to the features in soft mode (noise).
+            logits: whether to compute them.
+            body: replaces the decoder's forward (a compiled one).
+            soft: the gate's temperature, e.g. ``alpha=4.0`` or ``tau=0.1``.
+        """
+        self._mode, self._soft, self._perturb = mode, soft, perturb
+        self._strength = self.section.strength if strength is None else strength
+        self._features, self._found = [], []
+        batch = input_ids if input_ids.ndim == 2 else input_ids[None]
+        try:
+            run = self.model.get_decoder() if body is None else body
+            hidden = run(input_ids=batch, use_cache=False).last_hidden_state
+            head = self.model.get_output_embeddings()
+            out = GatedOutput(head(hidden) if logits else hidden.new_empty(0), hidden, self._features)
+            if mode == "soft":
+                out.log_visibility = self._found
+            elif mode == "hard":
+                out.expiry = torch.stack(self._found, dim=1)
+        finally:
+            for call in self.calls:
+                call.bias = call.mask = None
+            self._features, self._found = [], []
+            self._mode = "open"
+        if input_ids.ndim == 1:
+            out.logits = out.logits[0] if logits else out.logits
+            out.expiry = None if out.expiry is None else out.expiry[0]
+        return out
+
+
+def load_gated(folder: str | Path, dtype: str | torch.dtype = "auto", strength: float | None = None) -> GatedModel:
+    """Load a gated checkpoint with plain Hugging Face classes and our gates, ready for evaluation.
+
+    Args:
+        folder: of the checkpoint. The class follows from ``model_type``, not from the gated architecture's name.
+        dtype: of the base weights; ``auto`` is the checkpoint's.
+        strength: replaces the checkpoint's strength.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    section = parse_drop_gate(config, strength)
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
+    states = load_gates(find_gate_file(str(folder)), section)
+    wanted = torch.float32 if section.dtype == "float32" else model.dtype
+    gates = []
+    for state in states:
+        gate = section.build_gate()
+        gate.load_state_dict(state)
+        gates.append(gate.to(wanted))
+    return GatedModel(model, gates, section).eval()

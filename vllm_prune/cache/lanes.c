@@ -1,0 +1,174 @@
+/* Lanes and head-pages: append, drop, pack, and the tables that vLLM's kernel reads. The naive twin is reference.py. */
+#include <stdlib.h>
+#include <string.h>
+#include "lanes.h"
+
+static int take_page(const Store *a, int64_t s, int64_t lane, int64_t index) {
+    int32_t n = a->n_free[s] - 1;
+    if (n < 0) return OUT_OF_PAGES;
+    int32_t page = a->free_pages[s * a->F + n];
+    a->n_free[s] = n;
+    row_of(a, s, lane)[index] = page;
+    a->page_lane[page] = (int32_t)lane;
+    a->page_index[page] = (int32_t)index;
+    return 0;
+}
+
+static void give_page(const Store *a, int64_t s, int64_t lane, int64_t index) {
+    int32_t page = row_of(a, s, lane)[index];
+    a->page_lane[page] = -1;
+    a->free_pages[s * a->F + a->n_free[s]++] = page;
+}
+
+/* Copy one token between places of K/V pages or of gate pages (one number strided by n; V contiguous). */
+#define DEFINE_MOVE(NAME, T)                                                                                              \
+    static void NAME(const Store *a, int64_t h, int64_t p, int64_t o, int64_t q, int64_t u) {                             \
+        const int64_t page = 2 * a->N * a->D, n = page_tokens(a, h);                                                      \
+        T *dst = (T *)a->kv + p * page;                                                                                   \
+        const T *src = (const T *)a->kv + q * page;                                                                       \
+        const int64_t strided = h == a->H ? a->r : a->D;                                                                  \
+        for (int64_t i = 0; i < strided; i++) dst[i * n + o] = src[i * n + u];                                            \
+        if (h != a->H) memmove(dst + n * a->D + o * a->D, src + n * a->D + u * a->D, sizeof(T) * a->D);                   \
+    }
+DEFINE_MOVE(move16, uint16_t)
+DEFINE_MOVE(move32, uint32_t)
+
+#define DEFINE_WRITE(NAME, T)                                                                                             \
+    static void NAME(const Store *a, int64_t h, int64_t p, int64_t o, const Tokens *t, int64_t token) {                   \
+        const int64_t n = page_tokens(a, h);                                                                              \
+        T *dst = (T *)a->kv + p * 2 * a->N * a->D;                                                                        \
+        if (h == a->H) {                                                                                                  \
+            const T *g = (const T *)t->features + token * t->feature_stride + t->num_features - a->r;                     \
+            for (int64_t i = 0; i < a->r; i++) dst[i * n + o] = g[i];                                                     \
+            return;                                                                                                       \
+        }                                                                                                                 \
+        const T *k = (const T *)t->key + token * t->key_stride + h * a->D;                                                \
+        const T *v = (const T *)t->value + token * t->value_stride + h * a->D;                                            \
+        for (int64_t i = 0; i < a->D; i++) dst[i * n + o] = k[i];                                                         \
+        memcpy(dst + n * a->D + o * a->D, v, sizeof(T) * a->D);                                                           \
+    }
+DEFINE_WRITE(write16, uint16_t)
+DEFINE_WRITE(write32, uint32_t)
+
+int lanes_record(const Store *a, int64_t s, int64_t layer, int64_t unit, int32_t key, int32_t expiry) {
+    if (a->events_cap == 0) return 0;
+    int64_t e = *a->n_events;
+    if (e >= a->events_cap) return OUT_OF_EVENTS;
+    int32_t *event = a->events + 4 * e;
+    event[0] = (int32_t)s;
+    event[1] = (int32_t)(layer * a->units + unit);
+    event[2] = key;
+    event[3] = expiry;
+    *a->n_events = e + 1;
+    return 0;
+}
+
+/* Remove the tokens at indices victims[0..count) (ascending) of a unit; the last tokens fill the holes. */
+int lanes_drop(const Store *a, int64_t s, int64_t layer, int64_t unit, const int32_t *victims, const int32_t *when, int64_t count) {
+    if (count == 0) return 0;
+    int64_t h0, h1;
+    unit_heads(a, unit, &h0, &h1);
+    const int64_t first = layer * a->per_layer + h0;
+    const int32_t *row = row_of(a, s, first);
+    const int64_t old = *length_of(a, s, first);
+    int64_t length = old;
+    for (int64_t v = count - 1; v >= 0; v--) {
+        const int64_t i = victims[v];
+        const int64_t at = row[i / a->N] * a->N + i % a->N;
+        const int error = lanes_record(a, s, layer, unit, a->pos[at], when[v]);
+        if (error) return error;
+        length--;
+        if (i == length) continue;
+        for (int64_t h = h0; h < h1; h++) {
+            const int64_t lane = layer * a->per_layer + h, n = page_tokens(a, h);
+            const int32_t *pages = row_of(a, s, lane);
+            (a->elem == 2 ? move16 : move32)(a, h, pages[i / n], i % n, pages[length / n], length % n);
+        }
+        const int64_t last = row[length / a->N] * a->N + length % a->N;
+        a->pos[at] = a->pos[last];
+        a->exp[at] = a->exp[last];
+    }
+    for (int64_t h = h0; h < h1; h++) {
+        const int64_t lane = layer * a->per_layer + h, n = page_tokens(a, h);
+        for (int64_t index = ceil_div(old, n) - 1; index >= ceil_div(length, n); index--) give_page(a, s, lane, index);
+        *length_of(a, s, lane) = (int32_t)length;
+    }
+    a->dropped[(s * a->L + layer) * a->units + unit] += count;
+    return 0;
+}
+
+/* Write one token at the end of a unit's lanes. */
+int lanes_append(const Store *a, int64_t s, int64_t layer, int64_t unit, int32_t position, int32_t expiry, const Tokens *t, int64_t token) {
+    int64_t h0, h1;
+    unit_heads(a, unit, &h0, &h1);
+    const int64_t first = layer * a->per_layer + h0, i = *length_of(a, s, first);
+    for (int64_t h = h0; h < h1; h++) {
+        const int64_t lane = layer * a->per_layer + h, n = page_tokens(a, h);
+        if (i % n == 0 && take_page(a, s, lane, i / n)) return OUT_OF_PAGES;
+        (a->elem == 2 ? write16 : write32)(a, h, row_of(a, s, lane)[i / n], i % n, t, token);
+        *length_of(a, s, lane) = (int32_t)(i + 1);
+    }
+    const int64_t at = row_of(a, s, first)[i / a->N] * a->N + i % a->N;
+    a->pos[at] = position;
+    a->exp[at] = expiry;
+    return 0;
+}
+
+/* Block table [R * H, W'] and lengths [R * H] of a layer's K/V lanes, as vLLM's attention kernel wants them. */
+void lanes_fill_tables(const Store *a, int64_t layer, int64_t rows, const int32_t *slots, int32_t *tables, int64_t width, int32_t *lengths) {
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t h = 0; h < a->H; h++) {
+            const int64_t lane = layer * a->per_layer + h;
+            const int32_t n = *length_of(a, slots[i], lane);
+            lengths[i * a->H + h] = n;
+            memcpy(tables + (i * a->H + h) * width, row_of(a, slots[i], lane), sizeof(int32_t) * ceil_div(n, a->N));
+        }
+}
+
+/* Per slot, int64 [R, 5]: pages in use now, after 1 and 2 more tokens kept everywhere, keys held, keys dropped. */
+void lanes_summarize(const Store *a, int64_t rows, const int32_t *slots, int64_t *out) {
+    memset(out, 0, sizeof(int64_t) * 5 * rows);
+    for (int64_t i = 0; i < rows; i++, out += 5) {
+        for (int64_t layer = 0; layer < a->L; layer++) {
+            for (int64_t h = 0; h < a->per_layer; h++) {
+                const int64_t n = page_tokens(a, h), length = *length_of(a, slots[i], layer * a->per_layer + h);
+                for (int64_t more = 0; more < 3; more++) out[more] += ceil_div(length + more, n);
+                if (h < a->units) out[3] += length;
+            }
+            for (int64_t unit = 0; unit < a->units; unit++) out[4] += a->dropped[(slots[i] * a->L + layer) * a->units + unit];
+        }
+    }
+}
+
+/* Move every page in use out of the blocks `gone` into free pages of the blocks `kept` (both in log order), and rebuild
+ * the free stack from `kept`, highest grant at the bottom, so that the lowest fill first. Returns pages moved. */
+int64_t lanes_pack(const Store *a, int64_t s, const int32_t *kept, int64_t num_kept, const int32_t *gone, int64_t num_gone) {
+    int32_t *stack = a->free_pages + s * a->F;
+    const int64_t page_size = 2 * a->N * a->D * a->elem;
+    int64_t n = 0, moved = 0;
+    for (int64_t b = num_kept - 1; b >= 0; b--)
+        for (int64_t layer = 0; layer < a->L; layer++)
+            for (int64_t h = 0; h < a->H; h++) {
+                const int64_t page = (layer * a->B + kept[b]) * a->H + h;
+                if (a->page_lane[page] < 0) stack[n++] = (int32_t)page;
+            }
+    for (int64_t b = 0; b < num_gone; b++)
+        for (int64_t layer = 0; layer < a->L; layer++)
+            for (int64_t h = 0; h < a->H; h++) {
+                const int64_t page = (layer * a->B + gone[b]) * a->H + h;
+                const int32_t lane = a->page_lane[page];
+                if (lane < 0) continue;
+                if (n == 0) return OUT_OF_PAGES;
+                const int32_t to = stack[--n];
+                memcpy((char *)a->kv + to * page_size, (char *)a->kv + page * page_size, page_size);
+                memcpy(a->pos + to * a->N, a->pos + page * a->N, sizeof(int32_t) * a->N);
+                memcpy(a->exp + to * a->N, a->exp + page * a->N, sizeof(int32_t) * a->N);
+                row_of(a, s, lane)[a->page_index[page]] = to;
+                a->page_lane[to] = lane;
+                a->page_index[to] = a->page_index[page];
+                a->page_lane[page] = -1;
+                moved++;
+            }
+    a->n_free[s] = (int32_t)n;
+    return moved;
+}

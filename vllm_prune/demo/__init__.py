@@ -1,0 +1,1 @@
+"""The demo: the reference checkpoint continues a source file, with and without eviction."""

@@ -1,0 +1,67 @@
+"""The configuration hook of gated architectures: refuses early, then sets what serving a gated checkpoint needs.
+
+Runs in the front end while VllmConfig is made. A user passes no flag; what is set here can be read in the log.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from vllm.config import KVTransferConfig
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from vllm_prune.compat import CONNECTOR, CONNECTOR_MODULE, check
+from vllm_prune.config import MAX_STRENGTH, find_gate_file, load_gates, parse_drop_gate
+from vllm_prune.errors import PruneError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger(__name__)
+
+OPTIONS = {"strength": float, "record": bool}
+"""Server options: ``--additional-config '{"vllm_prune": {...}}'``."""
+
+
+def options_of(vllm_config: VllmConfig) -> dict[str, Any]:
+    """The plugin's server options. Raises PruneError for an unknown name or a bad value."""
+    options = (vllm_config.additional_config or {}).get("vllm_prune", {})
+    if not isinstance(options, dict):
+        raise PruneError("additional_config.vllm_prune must be an object.", f"Known fields: {', '.join(OPTIONS)}.")
+    for name, value in options.items():
+        if name not in OPTIONS:
+            raise PruneError(f"additional_config.vllm_prune.{name} is unknown.", f"Known fields: {', '.join(OPTIONS)}.")
+        if OPTIONS[name] is bool and not isinstance(value, bool):
+            raise PruneError(f"additional_config.vllm_prune.{name} must be true or false, got {value!r}.", "Correct it.")
+        if OPTIONS[name] is float and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise PruneError(f"additional_config.vllm_prune.{name} must be a number, got {value!r}.", "Correct it.")
+    strength = options.get("strength")
+    if strength is not None and not 0.0 <= strength <= MAX_STRENGTH:
+        raise PruneError(
+            f"additional_config.vllm_prune.strength must lie in 0..{MAX_STRENGTH:g}, got {strength}.",
+            "0 opens every gate, 1 is as trained.",
+        )
+    return options
+
+
+class GatedModelConfig(VerifyAndUpdateConfig):
+    """See the module."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        check(vllm_config)
+        options = options_of(vllm_config)
+        model = vllm_config.model_config
+        section = parse_drop_gate(model.hf_config, options.get("strength"))
+        load_gates(find_gate_file(model.model, model.revision), section)
+        if vllm_config.cache_config.enable_prefix_caching:
+            logger.info("vllm-prune: prefix caching is switched off (not supported with drop gates yet)")
+        vllm_config.cache_config.enable_prefix_caching = False
+        vllm_config.kv_transfer_config = KVTransferConfig(
+            kv_connector=CONNECTOR, kv_connector_module_path=CONNECTOR_MODULE, kv_role="kv_both"
+        )
+        logger.info(
+            "vllm-prune: %s gates at strength %g, %d layers, planned kept fraction %g",
+            section.method, section.strength, section.num_layers, section.expected_keep,
+        )  # fmt: skip

@@ -1,0 +1,37 @@
+"""Loading gates beside base weights. Runs in the worker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+
+from vllm_prune.attention.gated import GatedAttention, section_of
+from vllm_prune.config import TENSOR_PREFIX, find_gate_file, load_gates
+
+
+def without_gates(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
+    """The base's weights: vLLM's loader globs the folder and so meets the gate file too."""
+    return ((name, tensor) for name, tensor in weights if not name.startswith(TENSOR_PREFIX))
+
+
+def load_gate_weights(model: nn.Module, vllm_config: VllmConfig) -> set[str]:
+    """Fill every layer's gate from the gate file.
+
+    Returns:
+        Names of the parameters loaded, as in ``model.named_parameters()``.
+    """
+    section = section_of(vllm_config)
+    config = vllm_config.model_config
+    tensors = load_gates(find_gate_file(config.model, config.revision), section)
+    gated = [(name, module) for name, module in model.named_modules() if isinstance(module, GatedAttention)]
+    if len(gated) != section.num_layers:
+        raise RuntimeError(f"vllm-prune: {len(gated)} gated layers were built, the checkpoint has {section.num_layers}")
+    loaded = set()
+    for (name, module), state in zip(gated, tensors, strict=True):
+        if module.drop_gate is not None:
+            module.drop_gate.load_state_dict(state)
+            loaded.update(f"{name}.drop_gate.{key}" for key in state)
+    return loaded

@@ -1,0 +1,77 @@
+"""Gated Qwen3 and Llama over vLLM's own classes.
+
+The base class builds the model; then each attention module of it is given a gated attention layer and a forward that
+hands the gate the layer's normed input. To add a family: subclass its attention module (forward only) and its model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.models.llama import LlamaAttention, LlamaForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3Attention, Qwen3ForCausalLM
+
+from vllm_prune.attention.gated import GatedAttention
+from vllm_prune.models.loading import load_gate_weights, without_gates
+
+
+class PrunedQwen3Attention(Qwen3Attention):
+    """Qwen3's attention with a drop gate. Same weights, same maths until keys are dropped."""
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        qkv, _ = self.qkv_proj(hidden_states)
+        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        q = self.q_norm(q.view(*q.shape[:-1], -1, self.head_dim)).view(q.shape)
+        k = self.k_norm(k.view(*k.shape[:-1], -1, self.head_dim)).view(k.shape)
+        q, k = self.rotary_emb(positions, q, k)
+        output, _ = self.o_proj(self.attn(q, k, v, self.attn.features(hidden_states)))
+        return output
+
+
+class PrunedLlamaAttention(LlamaAttention):
+    """Llama's attention with a drop gate."""
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        qkv, _ = self.qkv_proj(hidden_states)
+        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        q, k = self.rotary_emb(positions, q, k)
+        output, _ = self.o_proj(self.attn(q, k, v, self.attn.features(hidden_states)))
+        return output
+
+
+class GatedModelMixin:
+    """Swaps attention layers after the base class has built the model, and loads gates after its weights."""
+
+    gated_attention: ClassVar[dict[type[nn.Module], type[nn.Module]]]
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self._vllm_config = vllm_config
+        layers = vllm_config.compilation_config.static_forward_context
+        for module in self.modules():  # type: ignore[attr-defined]
+            gated = self.gated_attention.get(type(module))
+            if gated is None:
+                continue
+            name = module.attn.layer_name
+            del layers[name]
+            module.attn = GatedAttention(
+                module.num_heads, module.head_dim, module.scaling, num_kv_heads=module.num_kv_heads,
+                cache_config=vllm_config.cache_config, quant_config=vllm_config.quant_config, prefix=name,
+            )  # fmt: skip
+            module.__class__ = gated
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        loaded = super().load_weights(without_gates(weights))  # type: ignore[misc]
+        return loaded | load_gate_weights(self, self._vllm_config)  # type: ignore[arg-type]
+
+
+class PrunedQwen3ForCausalLM(GatedModelMixin, Qwen3ForCausalLM):
+    gated_attention: ClassVar = {Qwen3Attention: PrunedQwen3Attention}
+
+
+class PrunedLlamaForCausalLM(GatedModelMixin, LlamaForCausalLM):
+    gated_attention: ClassVar = {LlamaAttention: PrunedLlamaAttention}
