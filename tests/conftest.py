@@ -20,3 +20,4 @@ os.environ.update(
     }
 )
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))

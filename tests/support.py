@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,21 +74,30 @@ def save_gated(folder: Path, config: Any, method: str, dtype: torch.dtype = torc
     return folder
 
 
-def engine(model: Path, **kwargs: Any) -> Any:
-    """An in-process ``vllm.LLM`` with a small explicit pool."""
+@contextmanager
+def engine(model: Path, **kwargs: Any) -> Iterator[Any]:
+    """An in-process ``vllm.LLM`` with a small explicit pool, shut down at the end whatever happens."""
     from vllm import LLM
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
+    # vLLM's "auto" serves float32 checkpoints in bfloat16: say what the checkpoint says.
+    dtype = json.loads((model / "config.json").read_text())["dtype"]
     defaults: dict[str, Any] = {
-        "skip_tokenizer_init": True, "max_model_len": 1024, "max_num_seqs": 16, "block_size": 32, "enforce_eager": True,
+        "dtype": dtype, "skip_tokenizer_init": True, "max_model_len": 1024, "max_num_seqs": 16, "block_size": 32, "enforce_eager": True,
         "kv_cache_memory_bytes": 64 << 20, "seed": 0, "disable_log_stats": True, "max_num_batched_tokens": 1024,
     }  # fmt: skip
-    return LLM(str(model), **{**defaults, **kwargs})
-
-
-def close(llm: Any) -> None:
-    llm.llm_engine.engine_core.shutdown()
-    del llm
-    gc.collect()
+    try:
+        llm = LLM(str(model), **{**defaults, **kwargs})
+    except BaseException:
+        cleanup_dist_env_and_memory()
+        raise
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
 
 
 def prompts(lengths: list[int], seed: int = 0) -> list[dict[str, list[int]]]:
@@ -121,3 +132,11 @@ def state_of(llm: Any) -> Any:
 def pool_is_whole(llm: Any) -> bool:
     pool = scheduler_of(llm).kv_cache_manager.block_pool
     return pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+
+
+def recorded(llm: Any, output: Any) -> tuple[list[int], Any]:
+    """Tokens that a finished request computed keys for, and its recorded expiries [L, E, T]."""
+    store = state_of(llm).store
+    ids = [*output.prompt_token_ids, *output.outputs[0].token_ids][:-1]
+    (req_id,) = {key for key, _ in store.events if key.split("-")[0] == output.request_id.split("-")[0]}
+    return ids, store.expiries(req_id, len(ids))

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -33,10 +34,11 @@ class GatedOutput:
     """What ``GatedModel.forward`` returns; the lists have one entry a layer.
 
     Attributes:
-        logits: [B, T, V] ([T, V] for unbatched input), empty when they were not asked for.
+        logits: [B, T, V] ([T, V] for unbatched input).
         hidden: [B, T, D_model], output of the final norm.
         features: [B, T, F] a layer, as scored (soft and hard mode).
-        log_visibility: float32 [B, E, T, T] a layer (soft mode).
+        log_visibility: float32 [B, E, T, T] a layer (soft mode, where collected).
+        kept: float32 scalar a layer (soft mode): mean visibility over past pairs, j < n only.
         expiry: int64 [B, L, E, T], or [L, E, T] for unbatched input (hard mode).
     """
 
@@ -44,6 +46,7 @@ class GatedOutput:
     hidden: torch.Tensor
     features: list[torch.Tensor] = field(default_factory=list)
     log_visibility: list[torch.Tensor] = field(default_factory=list)
+    kept: list[torch.Tensor] = field(default_factory=list)
     expiry: torch.Tensor | None = None
 
 
@@ -56,20 +59,14 @@ class _LayerCall:
 
 
 def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scaling: float,
-    bias: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, bias: torch.Tensor
 ) -> torch.Tensor:
-    """Causal grouped-query attention, softmax in float32.
+    """Causal grouped-query attention with a differentiable bias, softmax in float32.
 
     Args:
         query: [B, H * G, T, D]; key, value: [B, H, T, D].
         scaling: of the logits.
         bias: float32 [B, E, T, T] (query, key), added to the scaled logits.
-        mask: bool [B, E, T, T], True where a key is visible; causal by itself.
 
     Returns:
         [B, T, H * G, D].
@@ -77,16 +74,29 @@ def attend(
     b, heads, t, d = query.shape
     h = key.shape[1]
     grouped = query.reshape(b, h, heads // h, t, d)
-    logits = (grouped @ key[:, :, None].transpose(-1, -2)).float() * scaling  # [B, H, G, T, T]
-    if bias is not None:
-        logits = logits + bias[:, :, None]
-    if mask is None:
-        mask = torch.ones(t, t, dtype=torch.bool, device=query.device).tril()
-        logits = logits.masked_fill(~mask, float("-inf"))
-    else:
-        logits = logits.masked_fill(~mask[:, :, None], float("-inf"))
-    out = logits.softmax(dim=-1).to(value.dtype) @ value[:, :, None]
-    return out.reshape(b, heads, t, d).transpose(1, 2).contiguous()
+    logits = (grouped @ key[:, :, None].transpose(-1, -2)).float() * scaling + bias[:, :, None]  # [B, H, G, T, T]
+    future = torch.ones(t, t, dtype=torch.bool, device=query.device).triu(1)
+    out = logits.masked_fill(future, float("-inf")).softmax(dim=-1).to(value.dtype) @ value[:, :, None]
+    return out.reshape(b, heads, t, d).transpose(1, 2)
+
+
+def attend_masked(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Attention under a bool mask [B, E, T, T] that is causal by itself, or just causal, as ``attend``."""
+    heads = query.shape[1]
+    key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
+    if mask is not None and mask.shape[1] > 1:
+        mask = mask.repeat_interleave(heads // mask.shape[1], dim=1)
+    out = scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scaling)
+    return out.transpose(1, 2)
+
+
+def past_mean(log_visibility: torch.Tensor) -> torch.Tensor:
+    """Mean visibility over past pairs j < n of [B, E, T, T]: the diagonal and the future do not count."""
+    b, e, t, _ = log_visibility.shape
+    past = torch.ones(t, t, dtype=torch.bool, device=log_visibility.device).tril(-1)
+    return torch.where(past, log_visibility.exp(), 0.0).sum() / max(1, b * e * t * (t - 1) // 2)
 
 
 def _attention(
@@ -101,7 +111,9 @@ def _attention(
     """The attention function of gated models, in the interface of ``ALL_ATTENTION_FUNCTIONS``."""
     call: _LayerCall = module.prune_call  # type: ignore[assignment]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(query, key, value, scale, call.bias, call.mask), None
+    if call.bias is not None:
+        return attend(query, key, value, scale, call.bias), None
+    return attend_masked(query, key, value, scale, call.mask), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
@@ -138,6 +150,8 @@ class GatedModel(nn.Module):
         self._strength = section.strength
         self._features: list[torch.Tensor] = []
         self._found: list[torch.Tensor] = []
+        self._kept: list[torch.Tensor] = []
+        self._collect = True
         model.set_attn_implementation(ATTENTION)
         for index, layer in enumerate(layers):
             object.__setattr__(layer.self_attn, "prune_call", self.calls[index])
@@ -175,8 +189,10 @@ class GatedModel(nn.Module):
             if self._perturb is not None:
                 features = self._perturb(features)
             found = call.bias = gate.log_visibility(features, **self._soft)
+            self._kept.append(past_mean(found))
         self._features.append(features)
-        self._found.append(found)
+        if self._collect:
+            self._found.append(found)
 
     def forward(
         self,
@@ -185,7 +201,7 @@ class GatedModel(nn.Module):
         *,
         strength: float | None = None,
         perturb: Perturb | None = None,
-        logits: bool = True,
+        collect: bool = True,
         body: Callable[..., Any] | None = None,
         **soft: Any,
     ) -> GatedOutput:
@@ -196,30 +212,29 @@ class GatedModel(nn.Module):
             mode: soft bias, hard expiry mask, or open (the base model).
             strength: replaces the section's in hard mode.
             perturb: applied to the features in soft mode (noise).
-            logits: whether to compute them.
+            collect: whether to return log visibility (large) or expiries.
             body: replaces the decoder's forward (a compiled one).
             soft: the gate's temperature, e.g. ``alpha=4.0`` or ``tau=0.1``.
         """
         self._mode, self._soft, self._perturb = mode, soft, perturb
         self._strength = self.section.strength if strength is None else strength
-        self._features, self._found = [], []
+        self._features, self._found, self._kept, self._collect = [], [], [], collect
         batch = input_ids if input_ids.ndim == 2 else input_ids[None]
         try:
             run = self.model.get_decoder() if body is None else body
             hidden = run(input_ids=batch, use_cache=False).last_hidden_state
-            head = self.model.get_output_embeddings()
-            out = GatedOutput(head(hidden) if logits else hidden.new_empty(0), hidden, self._features)
+            out = GatedOutput(self.model.get_output_embeddings()(hidden), hidden, self._features)
             if mode == "soft":
-                out.log_visibility = self._found
-            elif mode == "hard":
+                out.log_visibility, out.kept = self._found, self._kept
+            elif mode == "hard" and collect:
                 out.expiry = torch.stack(self._found, dim=1)
         finally:
             for call in self.calls:
                 call.bias = call.mask = None
-            self._features, self._found = [], []
+            self._features, self._found, self._kept = [], [], []
             self._mode = "open"
         if input_ids.ndim == 1:
-            out.logits = out.logits[0] if logits else out.logits
+            out.logits = out.logits[0]
             out.expiry = None if out.expiry is None else out.expiry[0]
         return out
 

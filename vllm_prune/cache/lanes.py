@@ -14,7 +14,7 @@ import torch
 
 from vllm_prune.cache.geometry import LaneGeometry, cdiv
 from vllm_prune.cache.grants import LaneReport
-from vllm_prune.cache.lane_ops import Lanes, check, lib
+from vllm_prune.cache.lane_ops import NEVER, Lanes, check, lib
 
 
 @dataclass
@@ -219,18 +219,21 @@ class LaneStore:
             self.take_events()
             self.lanes.make_events(most)
 
-    def expiries(self, req_id: str, epoch: int | None = None) -> np.ndarray:
-        """Recorded expiries of a request (``record`` on): int64 [L, E, T], NEVER where none. T tokens covered.
+    def expiries(self, req_id: str, tokens: int) -> np.ndarray:
+        """Recorded expiries of a request's last life (``record`` on): int64 [L, E, T], NEVER where none.
+
+        Args:
+            req_id: of a live or ended request.
+            tokens: T, how many keys to report on.
 
         Raises:
             KeyError: nothing was recorded for the request.
         """
         self.take_events()
-        lives = sorted(e for r, e in self.events if r == req_id)
-        key = (req_id, lives[-1] if epoch is None else epoch)
-        parts = self.events[key]
-        rows = np.concatenate(parts) if parts else np.zeros((0, 3), np.int32)
-        tokens = self.slots[req_id].covered if req_id in self.slots else (int(rows[:, 1:].max()) + 1 if len(rows) else 0)
-        out = np.full((self.geometry.num_layers * self.units, tokens), 2**31 - 1, np.int64)
-        out[rows[:, 0], rows[:, 1]] = rows[:, 2]
+        lives = [epoch for recorded, epoch in self.events if recorded == req_id]
+        if not lives:
+            raise KeyError(f"no drops were recorded for request {req_id}: is the option 'record' on?")
+        out = np.full((self.geometry.num_layers * self.units, tokens), NEVER, np.int64)
+        for rows in self.events[(req_id, max(lives))]:
+            out[rows[:, 0], rows[:, 1]] = rows[:, 2]
         return out.reshape(self.geometry.num_layers, self.units, tokens)

@@ -1,0 +1,90 @@
+"""Law 2: what the trainer masked is what the server drops, whatever the chunking, batching, preemption or compilation.
+
+float32 models, so that a decision can only differ where a score lies within rounding of its threshold; the seeds are
+chosen such that none does, and the comparison is exact.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from support import engine, generate, pool_is_whole, prompts, recorded, save_gated, scheduler_of, state_of, tiny_config
+from vllm_prune_training.masked import load_gated
+
+from vllm_prune.gates import NEVER
+
+RECORD = {"additional_config": {"vllm_prune": {"record": True}}}
+METHODS = {
+    "dcp": {"beta": 3.6},
+    "dms": {"delay": 8},
+}
+
+
+@pytest.fixture(scope="module", params=METHODS, ids=list(METHODS))
+def gated(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    config = tiny_config("qwen3", layers=3)
+    return save_gated(folder, config, request.param, section={"protect": {"sinks": 2}}, **METHODS[request.param])
+
+
+def expected(gated, ids: list[int]) -> np.ndarray:
+    """Hard expiries of the masked Hugging Face twin, restricted to drops that happened by the last computed query."""
+    with torch.no_grad():
+        found = load_gated(gated)(torch.tensor(ids), mode="hard").expiry.numpy()
+    return np.where(found <= len(ids) - 1, found, NEVER)
+
+
+def visible_drops(expiry: np.ndarray) -> np.ndarray:
+    # A delayed expiry may be carried out one query before it matters: nobody saw the key in between.
+    tokens = expiry.shape[-1]
+    return np.where(expiry <= tokens - 1, expiry, NEVER)
+
+
+def check(gated, llm, outputs, least: float = 0.05) -> None:
+    for output in outputs:
+        ids, found = recorded(llm, output)
+        want = expected(gated, ids)
+        np.testing.assert_array_equal(visible_drops(found), want)
+        if len(ids) > 64:
+            assert least < (want != NEVER).mean() < 0.98, "the test must see drops and survivors"
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 0], ids=["chunk1", "chunk16", "whole"])
+def test_alone(gated, chunk):
+    with engine(gated, long_prefill_token_threshold=chunk, **RECORD) as llm:
+        check(gated, llm, generate(llm, prompts([130], seed=3), tokens=20))
+
+
+@pytest.mark.parametrize("chunk", [16, 0], ids=["chunk16", "whole"])
+def test_mixed_batch(gated, chunk):
+    """Prefill chunks and decodes in one step, lengths around page and block borders."""
+    with engine(gated, long_prefill_token_threshold=chunk, **RECORD) as llm:
+        outputs = generate(llm, prompts([1, 2, 31, 32, 33, 100, 257, 64], seed=4), tokens=40)
+        check(gated, llm, outputs)
+        generate(llm, prompts([3]), tokens=2)
+        assert pool_is_whole(llm)
+
+
+def test_after_preemption(gated):
+    """Every running request is thrown out in the middle; it is computed again and drops the same keys."""
+    with engine(gated, long_prefill_token_threshold=16, **RECORD) as llm:
+        core = llm.llm_engine
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, detokenize=False)
+        for index, prompt in enumerate(prompts([90, 40], seed=5)):
+            core.add_request(str(index), prompt, params)
+        done, step = [], 0
+        while core.has_unfinished_requests():
+            done += [output for output in core.step() if output.finished]
+            step += 1
+            if step in (4, 15):
+                scheduler_of(llm).reset_prefix_cache(reset_running_requests=True)
+        check(gated, llm, sorted(done, key=lambda output: output.request_id))
+        assert {epoch for _, epoch in state_of(llm).store.events} >= {3, 4, 5, 6}, "each request has lived three times"
+
+
+def test_compiled(gated):
+    with engine(gated, enforce_eager=False, long_prefill_token_threshold=16, **RECORD) as llm:
+        check(gated, llm, generate(llm, prompts([70, 33], seed=6), tokens=20))
