@@ -76,7 +76,14 @@ def _hybrid(c: Any) -> bool:
 
 def _foreign_connector(c: Any) -> bool:
     transfer = c.kv_transfer_config
-    return transfer is not None and transfer.kv_connector not in (None, CONNECTOR)
+    foreign = transfer is not None and transfer.kv_connector not in (None, CONNECTOR)
+    # Offloading names its connector only after the hook has run.
+    return foreign or c.cache_config.kv_offloading_size is not None
+
+
+def _multimodal(c: Any) -> bool:
+    # A gated class is itself never multimodal: a base that keeps its text model in a section of its own is.
+    return bool(c.model_config.is_multimodal_model) or _text_config(c) is not c.model_config.hf_config
 
 
 CONNECTOR = "PruneConnector"
@@ -94,7 +101,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "the base is an encoder-decoder; gates are causal and know decoders only.", BASE,
     ),
     Refusal(
-        "multimodal", lambda c: bool(c.model_config.is_multimodal_model),
+        "multimodal", _multimodal,
         "multimodal bases are not supported.", BASE,
     ),
     Refusal(
@@ -113,11 +120,12 @@ REFUSALS: tuple[Refusal, ...] = (
         "gated models are served in bfloat16 or float32 on CPU.", "Pass --dtype bfloat16.",
     ),
     Refusal(
-        "kv-cache-dtype", lambda c: c.cache_config.cache_dtype not in ("auto", "bfloat16", "float32"),
-        "quantised KV caches (fp8 and others) are not supported with drop gates.", "Leave --kv-cache-dtype at auto.",
+        "kv-cache-dtype", lambda c: c.cache_config.cache_dtype not in ("auto", str(c.model_config.dtype).removeprefix("torch.")),
+        "KV caches of another dtype than the model's (fp8 and others) are not supported with drop gates.",
+        "Leave --kv-cache-dtype at auto.",
     ),
     Refusal(
-        "quantization", lambda c: c.quant_config is not None,
+        "quantization", lambda c: c.model_config.quantization is not None,  # quant_config is made after the hook
         "quantised weights are not supported with drop gates yet.", "Export the checkpoint from unquantised weights.",
     ),
     Refusal(
@@ -128,7 +136,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "kv-connector", _foreign_connector,
         "another KV connector is configured, but the gates' own connector must carry the grants.",
-        "Leave --kv-transfer-config out: it is set by itself.",
+        "Leave --kv-transfer-config and --kv-offloading-size out: the connector is set by itself.",
     ),
     Refusal(
         "context-parallel",
@@ -144,7 +152,8 @@ REFUSALS: tuple[Refusal, ...] = (
         "tensor parallel serving of gates is not supported yet.", "Use --tensor-parallel-size 1 and more replicas.",
     ),
     Refusal(
-        "block-size", lambda c: c.cache_config.block_size is not None and c.cache_config.block_size % 32 != 0,
+        # Unless the user gave one, the platform chooses it after the hook: 128 on CPU.
+        "block-size", lambda c: c.cache_config.user_specified_block_size and c.cache_config.block_size % 32 != 0,
         "the CPU kernel needs blocks of a multiple of 32 tokens.", "Use --block-size 32, 64 or 128.",
     ),
 )  # fmt: skip

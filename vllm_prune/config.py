@@ -7,7 +7,7 @@ a ``drop_gate`` section and ``drop_gate.safetensors``. Read in the front end (to
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -21,6 +21,8 @@ GATE_FILE = "drop_gate.safetensors"
 TENSOR_PREFIX = "drop_gate.layers"
 FORMAT_VERSION = 1
 MAX_STRENGTH = 16.0
+MAX_TOKENS = 2**30
+"""Bound of every count of tokens: positions plus a delay must fit int32."""
 
 
 class _Strict(BaseModel):
@@ -30,8 +32,8 @@ class _Strict(BaseModel):
 class ProtectConfig(_Strict):
     """Keys exempt from dropping, in tokens: the first ``sinks``, and any younger than ``window``."""
 
-    sinks: int = Field(0, ge=0)
-    window: int = Field(0, ge=0)
+    sinks: int = Field(0, ge=0, le=MAX_TOKENS)
+    window: int = Field(0, ge=0, le=MAX_TOKENS)
 
 
 class DropGateConfig(_Strict):
@@ -76,13 +78,17 @@ class DropGateConfig(_Strict):
             raise PruneError(
                 f"drop_gate.method '{self.method}' is unknown.", f"Known methods: {', '.join(sorted(GATES))}."
             )
+        hints = get_type_hints(GATES[self.method].__init__)
+        correct = "Export the checkpoint again, or correct config.json."
+        for name, value in self.params.items():
+            if hints.get(name) is int and not (isinstance(value, int) and abs(value) <= MAX_TOKENS):
+                raise PruneError(f"drop_gate.params.{name} must be an integer up to 2^30, got {value!r}.", correct)
+            if hints.get(name) is float and not (isinstance(value, int | float) and abs(value) <= 1e30):
+                raise PruneError(f"drop_gate.params.{name} must be a finite number, got {value!r}.", correct)
         try:
             return GATES[self.method](self.shape, **self.params)  # type: ignore[arg-type]
-        except (TypeError, ValueError) as error:
-            raise PruneError(
-                f"drop_gate.params of method '{self.method}' are wrong: {error}.",
-                "Export the checkpoint again, or correct config.json.",
-            ) from None
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise PruneError(f"drop_gate.params of method '{self.method}' are wrong: {error}.", correct) from None
 
 
 def parse_drop_gate(hf_config: Any, override_strength: float | None = None) -> DropGateConfig:
@@ -112,7 +118,8 @@ def parse_drop_gate(hf_config: Any, override_strength: float | None = None) -> D
         where = ".".join([SECTION, *map(str, first["loc"])])
         hint = "This version does not know the field." if first["type"] == "extra_forbidden" else first["msg"] + "."
         raise PruneError(f"config.json field '{where}' is invalid: {hint}", "Correct it or export again.") from None
-    section.build_gate()
+    with torch.device("meta"):  # sizes are checked, nothing is allocated
+        section.build_gate()
     base = {
         "num_layers": hf_config.num_hidden_layers,
         "num_kv_heads": getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads,
@@ -151,10 +158,10 @@ def load_gates(path: str, section: DropGateConfig) -> list[dict[str, torch.Tenso
     Raises:
         PruneError: the file is truncated or no safetensors, a tensor is missing, unknown, of a wrong shape, or not finite.
     """
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in section.build_gate().state_dict().items()}
     wanted = {
-        f"{TENSOR_PREFIX}.{layer}.{name}": tensor.shape
-        for layer in range(section.num_layers)
-        for name, tensor in section.build_gate().state_dict().items()
+        f"{TENSOR_PREFIX}.{layer}.{name}": shape for layer in range(section.num_layers) for name, shape in shapes.items()
     }
     again = "Copy or export the checkpoint again."
     try:

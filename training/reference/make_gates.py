@@ -6,6 +6,7 @@ import argparse
 import json
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -80,8 +81,7 @@ def main() -> None:
     set_expected_keep(options.out, record["expected_keep"], provenance)
     (options.out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
     (options.out / "README.md").write_text(readme(record), encoding="utf-8")
-    log = work / "log.jsonl"
-    (options.out / "log.jsonl").write_text(log.read_text())
+    shutil.copy(work / "log.jsonl", options.out / "log.jsonl")
     print(json.dumps({key: record[key] for key in ("expected_keep", "held_out", "recall_accuracy")}), flush=True)
 
 

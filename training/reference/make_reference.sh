@@ -11,10 +11,12 @@ logs=$(dirname "$base")
 
 until [ -s "$base/model.safetensors" ] && [ -s "$base/record.json" ]; do sleep 5; done
 sleep 3
-one() {
-    "$python" training/reference/make_gates.py --base "$base" --method "$1" --minutes "$2" \
-        --out "$out/reference-$1" --work "$logs/$1-work" >>"$logs/$1.log" 2>&1
+one() {  # a second try continues from the last checkpoint, without torch.compile
+    method=$1 minutes=$2
+    shift 2
+    "$python" training/reference/make_gates.py --base "$base" --method "$method" --minutes "$minutes" \
+        --out "$out/reference-$method" --work "$logs/$method-work" "$@" >>"$logs/$method.log" 2>&1
 }
-one dcp "$dcp" || echo "dcp failed" >>"$logs/dcp.log"
-one dms "$dms" || echo "dms failed" >>"$logs/dms.log"
+one dcp "$dcp" || one dcp "$dcp" --set compile=false || echo "dcp failed" >>"$logs/dcp.log"
+one dms "$dms" || one dms "$dms" --set compile=false || echo "dms failed" >>"$logs/dms.log"
 echo "done" >>"$logs/dms.log"

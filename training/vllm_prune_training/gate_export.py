@@ -76,10 +76,10 @@ def readme(record: dict[str, Any]) -> str:
         for kind, row in recall["open"].items()
         for n, value in row.items()
     ]
-    training = record["training"]
+    training, millions = record["training"], record["parameters"] / 1e6
     return f"""# Reference checkpoint: {NAMES[record["method"]]}
 
-A {record["parameters"] / 1e6:.1f} M parameter Qwen3-shaped model with drop gates, small enough for tests and demonstrations.
+A {millions:.1f} M parameter Qwen3-shaped model with drop gates, small enough for tests and demonstrations.
 It was trained on a CPU, on Python source code and synthetic recall tasks; it is no useful language model.
 
 - Gates: {record["method"]}, parameters {json.dumps(training["settings"]["params"])}; all weights trained.

@@ -34,7 +34,7 @@ class GateSettings:
         target: DCP: past-pair fraction to keep; DMS: closed fraction.
         target_at: progress at which the linear ramp of the target ends.
         band_start: DCP: initial half-width 1/(alpha - 1) of the soft band of scores, in units of the initial beta.
-        alpha_end, alpha_at: DCP: the band shrinks geometrically until alpha is this, at this progress.
+        alpha_end, alpha_from, alpha_at: DCP: between these, the band shrinks geometrically until alpha is this.
         tau: DMS: temperature.
         budget_weight: DMS: weight of the budget loss.
     """
@@ -53,13 +53,14 @@ class GateSettings:
     target_at: float = 0.5
     band_start: float = 1.3
     alpha_end: float = 8.0
+    alpha_from: float = 0.06
     alpha_at: float = 0.85
     tau: float = 0.1
     budget_weight: float = 2.0
     save_seconds: float = 300.0
     compile: bool = True
     seed: int = 2
-    phases: tuple[tuple[float, int], ...] = ((0.15, 512), (0.70, 1024), (1.0, 2048))
+    phases: tuple[tuple[float, int], ...] = ((0.70, 1024), (1.0, 2048))
 
 
 def reference_settings(method: str, minutes: float) -> GateSettings:
@@ -67,7 +68,15 @@ def reference_settings(method: str, minutes: float) -> GateSettings:
     if method == "dcp":
         return GateSettings("dcp", minutes, {"rank": 32, "beta": 4.0})
     return GateSettings(
-        "dms", minutes, {"delay": 64}, muon_lr=0.002, adam_lr=4e-4, gate_lr=1e-4, target=0.78, target_at=0.65
+        "dms",
+        minutes,
+        {"delay": 64},
+        muon_lr=0.002,
+        adam_lr=4e-4,
+        gate_lr=4e-5,
+        target=0.78,
+        target_at=0.65,
+        phases=((1.0, 1024),),  # a decision sees one token only: longer sequences teach nothing new
     )
 
 
@@ -119,7 +128,8 @@ class DCPObjective(Objective):
         """
         first = self.settings.band_start * float(self.settings.params["beta"])
         last = 1.0 / (self.settings.alpha_end - 1.0)
-        return 1.0 + 1.0 / (first * (last / first) ** min(1.0, progress / self.settings.alpha_at))
+        start, end = self.settings.alpha_from, self.settings.alpha_at
+        return 1.0 + 1.0 / (first * (last / first) ** min(1.0, max(0.0, (progress - start) / (end - start))))
 
     def loss(
         self, gated: GatedModel, inputs: dict[str, torch.Tensor], progress: float, body: Body
@@ -155,21 +165,15 @@ class DMSObjective(Objective):
     def __init__(self, settings: GateSettings, teacher: PreTrainedModel) -> None:
         super().__init__(settings)
         self.teacher = teacher.eval().requires_grad_(False)
-        body = teacher.get_decoder()
-        self._body = torch.compile(body, dynamic=False) if settings.compile else body
-
-    @torch.no_grad()
-    def teacher_logits(self, ids: torch.Tensor) -> torch.Tensor:
-        """[B, T, V]."""
-        return self.teacher.get_output_embeddings()(self._body(input_ids=ids, use_cache=False).last_hidden_state)
 
     def loss(
         self, gated: GatedModel, inputs: dict[str, torch.Tensor], progress: float, body: Body
     ) -> tuple[torch.Tensor, Stats]:
         ids, tau = inputs["input_ids"], self.settings.tau
         target = self.target(progress, 0.0)
+        with torch.no_grad():
+            wanted = self.teacher(input_ids=ids, use_cache=False).logits
         with torch.autocast(ids.device.type, torch.bfloat16):
-            wanted = self.teacher_logits(ids)
             out = gated(ids, "soft", tau=tau, perturb=logistic_noise, collect=False, body=body)
         logits = torch.stack(out.features)[:, :, 1:]  # [L, B, T - 1, H]: the first token decides about nothing
         soft = torch.sigmoid(logits / tau)

@@ -87,7 +87,7 @@ class TimedGateRun(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Logs, and decides whether to save or stop."""
-        if state.global_step % 20 == 0:
+        if state.global_step % 10 == 0:
             self.write({"step": state.global_step, "tokens": self.trainer.tokens_seen, **self.trainer.stats})
         if self.clock.progress() >= 1.0:
             control.should_training_stop = control.should_save = True

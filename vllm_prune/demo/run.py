@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 BLOCK_TOKENS = 32
-REQUEST = "demo"
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,7 @@ class Job:
         pool_bytes: of the KV cache.
         chunk_tokens: most prompt tokens in one step.
         repetition_penalty: of the greedy sampling; 1 is none.
+        repeats: times the same request runs; the fastest counts.
     """
 
     model: str
@@ -41,6 +41,7 @@ class Job:
     pool_bytes: int
     chunk_tokens: int
     repetition_penalty: float
+    repeats: int
 
     def engine_args(self) -> dict[str, Any]:
         """Keyword arguments of ``vllm.LLM``; the same for both runs but for the gates."""
@@ -58,7 +59,8 @@ class Result:
 
     Attributes:
         token_ids: generated.
-        prefill_seconds: from the request's arrival to its first token; decode_seconds: from there to the last.
+        prefill_seconds: of each repeat, from the request's arrival to its first token.
+        decode_seconds: of each repeat, from the first token to the last.
         peak_blocks: most blocks out of the pool at any sample.
         pool_blocks: blocks of the pool.
         timeline: (tokens computed, blocks held) after each step.
@@ -67,8 +69,8 @@ class Result:
     """
 
     token_ids: list[int]
-    prefill_seconds: float
-    decode_seconds: float
+    prefill_seconds: list[float]
+    decode_seconds: list[float]
     peak_blocks: int
     pool_blocks: int
     timeline: list[tuple[int, int]]
@@ -98,54 +100,70 @@ class PoolWatch:
         return used
 
 
+@dataclass
+class Pass:
+    """One repeat: the finished request's output, its id inside the engine, times in seconds, blocks held by tokens."""
+
+    output: Any
+    request_id: str
+    prefill: float
+    decode: float
+    timeline: list[tuple[int, int]]
+
+
+def run_once(engine: Any, scheduler: Any, watch: PoolWatch, job: Job, name: str) -> Pass:
+    """Step the engine until the one request is done."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        temperature=0.0, max_tokens=job.new_tokens, ignore_eos=True, detokenize=False,
+        repetition_penalty=job.repetition_penalty,
+    )  # fmt: skip
+    computed = len(job.prompt) + job.new_tokens - 1  # the last token is never fed back
+    timeline = [(0, 0)]
+    started = time.perf_counter()
+    first = None
+    engine.add_request(name, {"prompt_token_ids": job.prompt}, params)
+    (request,) = scheduler.requests.values()
+    while True:
+        outputs = engine.step()
+        now = time.perf_counter()
+        held = watch.sample()
+        if outputs and first is None:
+            first = now
+        for output in outputs:
+            if output.finished:
+                assert first is not None
+                return Pass(output, request.request_id, first - started, now - first, timeline)
+        timeline.append((min(request.num_computed_tokens, computed), held))
+
+
 def execute(job: Job) -> Result:
-    """Load the engine, warm it up, run the job.
+    """Load the engine and run the job.
 
     Raises:
         PruneError: the checkpoint or its configuration is refused.
+        RuntimeError: repeats of the same greedy request differ, or the engine ended it early.
     """
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     llm = LLM(**job.engine_args())
     core = llm.llm_engine.engine_core.engine_core  # in this process
-    engine = llm.llm_engine
-
-    def params(tokens: int) -> Any:
-        return SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False,
-                              repetition_penalty=job.repetition_penalty)  # fmt: skip
-
-    warm = {"prompt_token_ids": job.prompt[: min(len(job.prompt), job.chunk_tokens + BLOCK_TOKENS)]}
-    llm.generate([warm], params(4), use_tqdm=False)
-
     watch = PoolWatch(core.scheduler)
-    prompt_tokens = len(job.prompt)
-    timeline: list[tuple[int, int]] = [(0, 0)]
-    started = time.perf_counter()
-    first_token = None
-    engine.add_request(REQUEST, {"prompt_token_ids": job.prompt}, params(job.new_tokens))
-    (request,) = core.scheduler.requests.values()
-    final = None
-    while final is None:
-        outputs = engine.step()
-        now = time.perf_counter()
-        blocks = watch.sample()
-        if outputs and first_token is None:
-            first_token = now
-        final = next((output for output in outputs if output.finished), None)
-        if final is None:
-            timeline.append((min(request.num_computed_tokens, prompt_tokens + job.new_tokens - 1), blocks))
-    assert first_token is not None
-    token_ids = list(final.outputs[0].token_ids)
-    computed = prompt_tokens + len(token_ids) - 1  # the last token is never fed back
+    passes = [run_once(llm.llm_engine, core.scheduler, watch, job, f"demo-{i}") for i in range(job.repeats)]
+    texts = {tuple(each.output.outputs[0].token_ids) for each in passes}
+    if len(texts) != 1 or len(passes[-1].output.outputs[0].token_ids) != job.new_tokens:
+        raise RuntimeError(f"{job.repeats} runs of one greedy request gave {len(texts)} texts: {sorted(map(len, texts))}")
+    last = passes[-1]
     return Result(
-        token_ids=token_ids,
-        prefill_seconds=first_token - started,
-        decode_seconds=now - first_token,
+        token_ids=list(last.output.outputs[0].token_ids),
+        prefill_seconds=[each.prefill for each in passes],
+        decode_seconds=[each.decode for each in passes],
         peak_blocks=watch.peak,
         pool_blocks=watch.pool.num_gpu_blocks - 1,
-        timeline=timeline,
-        summary=dict((final.kv_transfer_params or {}).get("vllm_prune", {})),
-        expiry=_expiry(core, request.request_id, computed) if job.evict else None,
+        timeline=last.timeline,
+        summary=dict((last.output.kv_transfer_params or {}).get("vllm_prune", {})),
+        expiry=_expiry(core, last.request_id, len(job.prompt) + job.new_tokens - 1) if job.evict else None,
     )
 
 

@@ -42,14 +42,12 @@ class PrunedTransformersForCausalLM(TransformersForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        # Only now: while building, vLLM recognises attention modules by its own name here.
+        ALL_ATTENTION_FUNCTIONS.register("vllm_prune", gated_attention_forward)
+        self.text_config._attn_implementation = "vllm_prune"
         for module in self.modules():
             if isinstance(getattr(module, "attn", None), GatedAttention):
                 module.register_forward_pre_hook(_add_features, with_kwargs=True)
-
-    def _patch_config(self) -> None:
-        super()._patch_config()
-        ALL_ATTENTION_FUNCTIONS.register("vllm_prune", gated_attention_forward)
-        self.text_config._attn_implementation = "vllm_prune"
 
     def _get_attn_cls(self) -> type[AttentionLayerBase]:
         return GatedAttention

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.config import KVTransferConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+from vllm_prune.attention.serving import ServedGate
+from vllm_prune.cache.geometry import LaneGeometry
 from vllm_prune.compat import CONNECTOR, CONNECTOR_MODULE, check
 from vllm_prune.config import MAX_STRENGTH, find_gate_file, load_gates, parse_drop_gate
 from vllm_prune.errors import PruneError
@@ -55,6 +57,14 @@ class GatedModelConfig(VerifyAndUpdateConfig):
         model = vllm_config.model_config
         section = parse_drop_gate(model.hf_config, options.get("strength"))
         load_gates(find_gate_file(model.model, model.revision), section)
+        cache = vllm_config.cache_config
+        block = cache.block_size if cache.user_specified_block_size else 32  # the platform's own choice is a multiple
+        try:
+            LaneGeometry(
+                section.num_layers, section.num_kv_heads, model.get_head_size(), block, ServedGate.of(section).rank
+            )
+        except ValueError as error:
+            raise PruneError(f"drop_gate.params.rank does not fit the base: {error}.", "Train with another rank.") from None
         if vllm_config.cache_config.enable_prefix_caching:
             logger.info("vllm-prune: prefix caching is switched off (not supported with drop gates yet)")
         vllm_config.cache_config.enable_prefix_caching = False

@@ -1,0 +1,81 @@
+"""Law 1: with every gate open, a gated model is stock vLLM, token for token.
+
+"Open" both ways: strength 0 (nothing computed) and gates that run but never drop. Chunk sizes 16 and 512, batches of 1 and
+of 8 mixed lengths, in each engine; VLLM_PRUNE_FULL=1 compiles every shape instead of one a family.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from support import engine, generate, pool_is_whole, prompts, save_base, save_gated, scheduler_of, tiny_config, token_ids
+
+FAMILIES = ("qwen3", "llama", "generic")
+SHAPES = [(64, 1), (64, 2), (64, 8), (128, 1), (128, 2), (128, 8)]
+FULL = os.environ.get("VLLM_PRUNE_FULL") == "1"
+BATCHES = ([77], [1, 5, 31, 32, 33, 64, 150, 300])
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Stock models and their gated twins, all made before the first engine starts: vLLM's Transformers backend rewrites
+    the Hugging Face classes it serves, so that they can no longer be built outside of it."""
+    made = {}
+    for family in FAMILIES:
+        for head_dim, group in SHAPES:
+            # The generic class serves a family without a class of its own.
+            config = tiny_config("qwen2" if family == "generic" else family, head_dim=head_dim, group=group, layers=2)
+            folder = tmp_path_factory.mktemp(f"{family}-{head_dim}-{group}")
+            made[family, head_dim, group] = (
+                save_base(folder / "base", config, torch.bfloat16),
+                save_gated(folder / "zero", config, "dcp", torch.bfloat16, section={"strength": 0.0},
+                           generic=family == "generic"),
+                save_gated(folder / "never", config, "dcp", torch.bfloat16, generic=family == "generic", beta=60.0),
+            )  # fmt: skip
+    return made
+
+
+def run(model, tokens: int = 16, **options) -> list[list[int]]:
+    found = []
+    with engine(model, max_num_batched_tokens=512, **options) as llm:
+        for chunk in (16, 512):
+            scheduler_of(llm).scheduler_config.long_prefill_token_threshold = chunk
+            for lengths in BATCHES:
+                found += token_ids(generate(llm, prompts(lengths, seed=len(lengths)), tokens))
+        assert pool_is_whole(llm)
+    return found
+
+
+def compare(made, which: int, **options) -> None:
+    base, gated = made[0], made[which]
+    stock = {"model_impl": "transformers"} if "generic" in str(base) else {}
+    want = run(base, **stock, **options)
+    assert len({tuple(tokens) for tokens in want}) > 4, "a model that always says the same proves nothing"
+    assert run(gated, **options) == want
+
+
+ZERO, NEVER = 1, 2
+
+
+@pytest.mark.parametrize("head_dim,group", SHAPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_strength_zero_eager(checkpoints, family, head_dim, group):
+    compare(checkpoints[family, head_dim, group], ZERO)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gates_that_never_drop_eager(checkpoints, family):
+    compare(checkpoints[family, 64, 2], NEVER)
+
+
+@pytest.mark.parametrize("head_dim,group", SHAPES if FULL else [(64, 2)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_strength_zero_compiled(checkpoints, family, head_dim, group):
+    compare(checkpoints[family, head_dim, group], ZERO, enforce_eager=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES if FULL else ["qwen3"])
+def test_gates_that_never_drop_compiled(checkpoints, family):
+    compare(checkpoints[family, 64, 2], NEVER, enforce_eager=False)
