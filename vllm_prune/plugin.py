@@ -7,7 +7,7 @@ import logging
 from vllm_prune.checkpoint import GATED_ARCHITECTURES, GENERIC_ARCHITECTURE
 from vllm_prune.compat import version_problem
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's logger: only that one has a handler
 
 _MODEL_CLASSES = {
     GATED_ARCHITECTURES["Qwen3ForCausalLM"]: "vllm_prune.models.native:PrunedQwen3ForCausalLM",

@@ -272,8 +272,12 @@ def test_other_models_on_another_version(tmp_path, monkeypatch, caplog):
     from vllm_prune.plugin import register
 
     monkeypatch.setattr(compat, "vllm_version", lambda: "0.31.2")
-    with caplog.at_level(logging.WARNING, "vllm_prune.plugin"):
+    vllm_logger = logging.getLogger("vllm")
+    vllm_logger.addHandler(caplog.handler)  # vLLM's logger does not propagate to the root
+    try:
         register()
+    finally:
+        vllm_logger.removeHandler(caplog.handler)
     assert "vLLM 0.31.2 is not supported" in caplog.text
     config = tiny_config("qwen3")
     config.architectures = ["Qwen3ForCausalLM"]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vllm_prune.attention.gated import GatedAttention
     from vllm_prune.connector import PruneMetadata, StepGrant
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's logger: only that one has a handler
 
 
 class Rows:

@@ -8,6 +8,9 @@ static int take_page(const Store *a, int64_t s, int64_t lane, int64_t index) {
     if (n < 0) return OUT_OF_PAGES;
     int32_t page = a->free_pages[s * a->F + n];
     a->n_free[s] = n;
+    /* vLLM's kernel reads whole pages and weighs what lies past the end with 0: another request's NaN would still count. */
+    const int64_t size = 2 * a->N * a->D * a->elem;
+    memset((char *)a->kv + page * size, 0, size);
     row_of(a, s, lane)[index] = page;
     a->page_lane[page] = (int32_t)lane;
     a->page_index[page] = (int32_t)index;

@@ -1,7 +1,7 @@
 """The eviction map as numbers: how long each key was visible, which token ended it, and the data of the page.
 
-Letters: L layers, E eviction units a layer (1, or one per KV head), T keys. Query i sees key j iff j <= i < expiry[j], and
-the last query is T - 1: a key whose expiry is T or more was *kept to the end*. NumPy only.
+Letters: L layers, E eviction units a layer (1, or one per KV head), T keys. Query i sees key j iff j <= i < expiry[j],
+and the last query is T - 1: a key whose expiry is T or more was *kept to the end*. NumPy only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ STOPS = ("#def5e5", "#8bdab2", "#40b7ad", "#348fa7", "#37659e", "#413d7b", "#2e1
 """Colours in equal steps of lightness, so that equal steps look equal, with and without colour vision."""
 
 LIGHT = STOPS[:6]
-"""From short-lived to kept on a light page: what is forgotten comes close to the paper. On a dark page: STOPS reversed."""
+"""From short-lived to kept on a light page: what is forgotten comes close to the paper. A dark page reverses STOPS."""
 
 ACCENT = "#d55e00"
 """Of what is pointed at: far from every stop in hue, and safe for colour-blind eyes."""

@@ -129,21 +129,21 @@ def _text(ax: Axes, data: EvictionMap, colors: Any, norm: Any) -> None:
         for token, column, part in line:
             color = np.asarray(colors(norm(shade[token])))[:3]
             ink = "#10151a" if luminance(color) > 0.19 else "#f6f8fa"
-            ax.add_patch(_box(left + column, row, part, color))
+            if column or not part.isspace():  # not the indentation, which belongs to the line break before it
+                ax.add_patch(_box(left + column, row, len(part), color))
             ax.text(left + column, row + 0.7, part, fontsize=size, color=ink, family="DejaVu Sans Mono", va="baseline")
     indices = [token for line in shown for token, _, _ in line]
     span = f"tokens {min(indices):,} to {max(indices):,} of {data.tokens:,}" if indices else ""
     layers, units, _ = data.expiry.shape
     over = f"{layers} layers" + (f" and {units} KV heads" if units > 1 else "")
-    ax.set_title(f"An excerpt ({span}); colour: how long a token's key was kept, mean over {over}", loc="left", fontsize=10.5)
+    title = f"An excerpt ({span}); colour: how long a token's key was kept, mean over {over}"
+    ax.set_title(title, loc="left", fontsize=10.5)
 
 
-def _box(column: int, row: int, part: str, color: np.ndarray) -> Any:
-    """The ground of a part; of blanks only a thin line, which would otherwise be most of the colour."""
+def _box(column: int, row: int, width: int, color: np.ndarray) -> Any:
     from matplotlib.patches import Rectangle
 
-    low, height = (0.78, 0.12) if part.isspace() else (0.04, 0.92)
-    return Rectangle((column + 0.05, row + low), len(part) - 0.1, height, facecolor=color, edgecolor="none")
+    return Rectangle((column + 0.05, row + 0.04), width - 0.1, 0.92, facecolor=color, edgecolor="none")
 
 
 def _scale(bar: Any, tokens: int) -> None:
@@ -188,7 +188,8 @@ def _pool(ax: Axes, timelines: dict[str, Timeline], prompt_tokens: int) -> None:
     ax.set_ylim(0, most * 1.22)
     ax.set_xlim(0, max(points[-1][0] for points in timelines.values()))
     ax.axvline(prompt_tokens, color=ACCENT, linewidth=1.4)
-    ax.annotate("generated from here", (prompt_tokens, 0), xytext=(-5, 5), textcoords="offset points", ha="right", color=ACCENT)
+    ax.annotate("generated from here", (prompt_tokens, 0), xytext=(-5, 5), textcoords="offset points", ha="right",
+                color=ACCENT)  # fmt: skip
     _frame(ax)
     ax.set_title("Blocks held in vLLM's pool after each step", loc="left", fontsize=10.5)
     ax.set_xlabel("tokens computed", labelpad=2)

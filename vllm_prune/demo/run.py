@@ -1,7 +1,7 @@
 """One engine run of the demo, in a process of its own: ``python -m vllm_prune.demo.run JOB.json RESULT.json``.
 
-Scheduler, worker and plugin all live in this process (``VLLM_ENABLE_V1_MULTIPROCESSING=0``, see ``launch``), so that the
-block pool and the record of drops can be read directly. Works on token ids only; the parent has the tokenizer.
+Scheduler, worker and plugin all live in this process (``VLLM_ENABLE_V1_MULTIPROCESSING=0``, see ``launch``), so that
+the block pool and the record of drops can be read directly. Works on token ids only; the parent has the tokenizer.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ class Job:
         options = {"record": True} if self.evict else {"strength": 0}
         return {
             "model": self.model, "max_model_len": self.max_model_len, "max_num_seqs": 1, "block_size": BLOCK_TOKENS,
-            "kv_cache_memory_bytes": self.pool_bytes, "max_num_batched_tokens": self.chunk_tokens, "enforce_eager": True,
-            "skip_tokenizer_init": True, "disable_log_stats": True, "seed": 0, "additional_config": {"vllm_prune": options},
+            "kv_cache_memory_bytes": self.pool_bytes, "max_num_batched_tokens": self.chunk_tokens, "seed": 0,
+            "enforce_eager": True, "skip_tokenizer_init": True, "disable_log_stats": True,
+            "additional_config": {"vllm_prune": options},
         }  # fmt: skip
 
 
@@ -148,12 +149,14 @@ def execute(job: Job) -> Result:
     from vllm import LLM
 
     llm = LLM(**job.engine_args())
-    core = llm.llm_engine.engine_core.engine_core  # in this process
+    client: Any = llm.llm_engine.engine_core
+    core = client.engine_core  # in this process
     watch = PoolWatch(core.scheduler)
     passes = [run_once(llm.llm_engine, core.scheduler, watch, job, f"demo-{i}") for i in range(job.repeats)]
     texts = {tuple(each.output.outputs[0].token_ids) for each in passes}
     if len(texts) != 1 or len(passes[-1].output.outputs[0].token_ids) != job.new_tokens:
-        raise RuntimeError(f"{job.repeats} runs of one greedy request gave {len(texts)} texts: {sorted(map(len, texts))}")
+        lengths = sorted(map(len, texts))
+        raise RuntimeError(f"{job.repeats} runs of one greedy request gave {len(texts)} texts of {lengths} tokens")
     last = passes[-1]
     return Result(
         token_ids=list(last.output.outputs[0].token_ids),

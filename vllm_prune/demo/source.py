@@ -93,6 +93,12 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, verbose=False)["input_ids"])
 
 
+def require_file(path: Path) -> None:
+    """Raises PruneError when the source file is missing."""
+    if not path.is_file():
+        raise PruneError(f"the source file {path} does not exist.", "Name an existing text file with --source.")
+
+
 def load_source(tokenizer: Any, path: Path | None, prompt_tokens: int, new_tokens: int) -> SourceText:
     """Read and cut the text.
 
@@ -108,8 +114,7 @@ def load_source(tokenizer: Any, path: Path | None, prompt_tokens: int, new_token
     held_out = None
     if path is None:
         path, held_out = choose(tokenizer, prompt_tokens + new_tokens, library_modules())
-    if not path.is_file():
-        raise PruneError(f"the source file {path} does not exist.", "Name an existing text file with --source.")
+    require_file(path)
     try:
         text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:

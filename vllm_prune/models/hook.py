@@ -20,7 +20,7 @@ from vllm_prune.errors import PruneError
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's logger: only that one has a handler
 
 OPTIONS = {"strength": float, "record": bool}
 """Server options: ``--additional-config '{"vllm_prune": {...}}'``."""
