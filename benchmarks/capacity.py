@@ -60,7 +60,9 @@ def fill(engine: Engine, requests: int, prompt: int, new_tokens: int, gated: boo
     }
     if gated:
         keys = statistics.mean(t["kept_fraction"] for t in truths)
-        mean = {name: statistics.mean(t[name] for t in truths) for name in ("blocks_held", "blocks_peak", "blocks_dense")}
+        mean = {
+            name: statistics.mean(t[name] for t in truths) for name in ("blocks_held", "blocks_peak", "blocks_dense")
+        }
         per_key = 2 * SHAPE.kv_heads * SHAPE.head_dim
         result["truth"] = {"keys_kept": keys, "bytes_kept": keys * (per_key + RANK) / per_key, **mean}
         result["lanes"] = {"bytes_kept": held / dense}
@@ -98,7 +100,10 @@ def main() -> None:
     blocks = dense_requests * -(-(prompt + new_tokens) // 32) + 1  # vLLM keeps block 0 for itself
     result: dict[str, Any] = {"benchmark": "capacity"}
     with temporary_models(SHAPE, KEEP, RANK) as folders:
-        for name, folder, most in (("stock", folders[0], dense_requests), ("plugin", folders[1], dense_requests / KEEP)):
+        for name, folder, most in (
+            ("stock", folders[0], dense_requests),
+            ("plugin", folders[1], dense_requests / KEEP),
+        ):
             engine = Engine(folder, SHAPE, blocks, max_model_len=prompt + new_tokens, max_num_seqs=256,
                             max_num_batched_tokens=1024)  # fmt: skip
             say(f"{name}: engine after {time.perf_counter() - started:.1f} s, {engine.pool.num_gpu_blocks} blocks")

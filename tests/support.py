@@ -19,7 +19,9 @@ from vllm_prune.gates import DCPGate, DMSGate, Gate, GateShape
 VOCAB = 512
 
 
-def tiny_config(family: str, head_dim: int = 64, group: int = 2, kv_heads: int = 2, layers: int = 3, **more: Any) -> Any:
+def tiny_config(
+    family: str, head_dim: int = 64, group: int = 2, kv_heads: int = 2, layers: int = 3, **more: Any
+) -> Any:
     """A small config of a family: hidden size follows from the heads."""
     heads = kv_heads * group
     return AutoConfig.for_model(
@@ -63,8 +65,16 @@ def random_gates(config: Any, method: str, seed: int = 0, **params: Any) -> list
     return gates
 
 
-def save_gated(folder: Path, config: Any, method: str, dtype: torch.dtype = torch.float32, seed: int = 0,
-               section: dict[str, Any] | None = None, generic: bool = False, **params: Any) -> Path:  # fmt: skip
+def save_gated(
+    folder: Path,
+    config: Any,
+    method: str,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    section: dict[str, Any] | None = None,
+    generic: bool = False,
+    **params: Any,
+) -> Path:
     """A random gated checkpoint."""
     save_base(folder, config, dtype, seed)
     gates = random_gates(config, method, seed, **params)
@@ -83,7 +93,8 @@ def engine(model: Path, **kwargs: Any) -> Iterator[Any]:
     # vLLM's "auto" serves float32 checkpoints in bfloat16: say what the checkpoint says.
     dtype = json.loads((model / "config.json").read_text())["dtype"]
     defaults: dict[str, Any] = {
-        "dtype": dtype, "skip_tokenizer_init": True, "max_model_len": 1024, "max_num_seqs": 16, "block_size": 32, "enforce_eager": True,
+        "dtype": dtype, "skip_tokenizer_init": True, "max_model_len": 1024, "max_num_seqs": 16, "block_size": 32,
+        "enforce_eager": True,
         "kv_cache_memory_bytes": 64 << 20, "seed": 0, "disable_log_stats": True, "max_num_batched_tokens": 1024,
     }  # fmt: skip
     try:

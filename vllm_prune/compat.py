@@ -108,7 +108,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "task", lambda c: c.model_config.runner_type != "generate",
         "gates serve text generation, not pooling or classification.", "Drop --runner/--convert, or serve the base model.",
     ),
-    Refusal("mla", lambda c: bool(c.model_config.use_mla), "the base uses latent attention (MLA), which has no KV heads.", BASE),
+    Refusal("mla", lambda c: bool(c.model_config.use_mla), "the base uses latent attention (MLA): no KV heads.", BASE),
     Refusal("hybrid", _hybrid, "the base mixes attention with other layer types.", BASE),
     Refusal("sliding-window", _sliding, "the base has sliding-window attention, which drops keys by itself.", BASE),
     Refusal(
@@ -132,7 +132,10 @@ REFUSALS: tuple[Refusal, ...] = (
         "speculative-decoding", lambda c: c.speculative_config is not None,
         "a rejected draft token could already have evicted keys.", "Leave --speculative-config out.",
     ),
-    Refusal("lora", lambda c: c.lora_config is not None, "LoRA changes the keys the gates were trained on.", "Leave --enable-lora out."),
+    Refusal(
+        "lora", lambda c: c.lora_config is not None,
+        "LoRA changes the keys the gates were trained on.", "Leave --enable-lora out.",
+    ),
     Refusal(
         "kv-connector", _foreign_connector,
         "another KV connector is configured, but the gates' own connector must carry the grants.",

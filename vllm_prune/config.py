@@ -59,7 +59,7 @@ class DropGateConfig(_Strict):
     num_layers: int = Field(gt=0)
     num_kv_heads: int = Field(gt=0)
     hidden_size: int = Field(gt=0)
-    protect: ProtectConfig = ProtectConfig()
+    protect: ProtectConfig = Field(default_factory=lambda: ProtectConfig(sinks=0, window=0))
     expected_keep: float = Field(1.0, gt=0.0, le=1.0)
     dtype: Literal["auto", "float32"] = "auto"
     provenance: dict[str, Any] = Field(default_factory=dict)
@@ -110,7 +110,10 @@ def parse_drop_gate(hf_config: Any, override_strength: float | None = None) -> D
     if not isinstance(raw, dict):
         raise PruneError(f"'{SECTION}' in config.json must be an object, got {type(raw).__name__}.", "Export again.")
     if override_strength is not None:
+        trained = raw.get("strength", 1.0)
         raw = {**raw, "strength": override_strength}
+        if not isinstance(trained, int | float) or override_strength < trained:
+            raw.pop("expected_keep", None)  # measured at the checkpoint's strength: weaker gates keep more
     try:
         section = DropGateConfig.model_validate(raw)
     except ValidationError as error:
@@ -132,6 +135,12 @@ def parse_drop_gate(hf_config: Any, override_strength: float | None = None) -> D
                 "The gates belong to another base model: export them with the base they were trained on.",
             )
     return section
+
+
+def server_options(vllm_config: Any) -> dict[str, Any]:
+    """The plugin's own part of ``--additional-config``; empty when there is none."""
+    additional = vllm_config.additional_config
+    return additional.get("vllm_prune", {}) if isinstance(additional, dict) else {}
 
 
 def find_gate_file(model: str, revision: str | None = None) -> str:
@@ -161,7 +170,9 @@ def load_gates(path: str, section: DropGateConfig) -> list[dict[str, torch.Tenso
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in section.build_gate().state_dict().items()}
     wanted = {
-        f"{TENSOR_PREFIX}.{layer}.{name}": shape for layer in range(section.num_layers) for name, shape in shapes.items()
+        f"{TENSOR_PREFIX}.{layer}.{name}": shape
+        for layer in range(section.num_layers)
+        for name, shape in shapes.items()
     }
     again = "Copy or export the checkpoint again."
     try:

@@ -39,6 +39,7 @@ class StepGrant:
         new_blocks: block ids, in log order.
         covered: tokens computed once the step is done.
         remaining: tokens known to follow (the rest of a prompt, or of what a preempted request had generated).
+        last: the request ends with this step (its token limit), so it needs no room beyond.
         in_flight: tokens that may be scheduled before this step's report is read (0 without asynchronous scheduling).
     """
 
@@ -46,6 +47,7 @@ class StepGrant:
     new_blocks: list[int]
     covered: int
     remaining: int
+    last: bool
     in_flight: int
 
 
@@ -111,10 +113,12 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
         for req_id, tokens in scheduler_output.num_scheduled_tokens.items():
             grants = self._manager.grants[req_id]
             covered = computed[req_id] + tokens
-            remaining = max(self._requests[req_id].num_tokens - covered, 0)
+            request = self._requests[req_id]
+            remaining = max(request.num_tokens - covered, 0)
+            last = remaining == 0 and request.num_output_tokens + 1 >= request.max_tokens
             ahead = self._ahead * max(min(remaining, self._chunk), 1)
             blocks = [block.block_id for block in grants.take_unsent()]
-            meta.grants[req_id] = StepGrant(grants.epoch, blocks, covered, remaining, ahead)
+            meta.grants[req_id] = StepGrant(grants.epoch, blocks, covered, remaining, last, ahead)
         return meta
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:

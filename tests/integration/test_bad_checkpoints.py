@@ -185,7 +185,10 @@ SECTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "method_of_other_type": ({"method": 7}, ["'drop_gate.method' is invalid"]),
     "no_method": ({"method": None}, ["'drop_gate.method' is invalid"]),
     "unknown_field": ({"colour": "red"}, ["'drop_gate.colour' is invalid", "does not know the field"]),
-    "unknown_protect_field": ({"protect": {"tail": 3}}, ["'drop_gate.protect.tail' is invalid", "does not know the field"]),
+    "unknown_protect_field": (
+        {"protect": {"tail": 3}},
+        ["'drop_gate.protect.tail' is invalid", "does not know the field"],
+    ),
     "future_version": ({"format_version": 2}, ["'drop_gate.format_version' is invalid"]),
     "unknown_param": ({"params": {"rank": 16, "depth": 2}}, ["drop_gate.params of method 'dcp'", "depth"]),
     "param_of_other_method": ({"params": {"rank": 16, "delay": 2}}, ["drop_gate.params of method 'dcp'", "delay"]),
@@ -196,7 +199,10 @@ SECTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "rank_fraction": ({"params": {"rank": 16.5}}, ["drop_gate.params.rank must be an integer", "16.5"]),
     "rank_of_a_terabyte": ({"params": {"rank": 2**30}}, [QK.replace(".1.", ".0."), "has shape"]),
     "rank_beyond_memory": ({"params": {"rank": 2**70}}, ["drop_gate.params.rank must be an integer up to 2^30"]),
-    "beta_nan": ({"params": {"rank": 16, "beta": math.nan}}, ["drop_gate.params.beta must be a finite number, got nan"]),
+    "beta_nan": (
+        {"params": {"rank": 16, "beta": math.nan}},
+        ["drop_gate.params.beta must be a finite number, got nan"],
+    ),
     "beta_text": ({"params": {"rank": 16, "beta": "2"}}, ["drop_gate.params.beta must be a finite number, got '2'"]),
     "dms_delay_fraction": ({"method": "dms", "params": {"delay": 2.5}}, ["drop_gate.params.delay must be an integer"]),
     "dms_delay_negative": ({"method": "dms", "params": {"delay": -1}}, ["delay must be >= 0, got -1"]),
@@ -294,7 +300,9 @@ NAMES = st.one_of(
     st.sampled_from([*DropGateConfig.model_fields, "rank", "beta", "delay", "eps", "sinks", "window", "shape", "self"]),
     st.text(max_size=6),
 )
-JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=5), max_leaves=12)
+JSON = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=5), max_leaves=12
+)
 FIELDS = st.sampled_from([*DropGateConfig.model_fields])
 PARAMS = st.dictionaries(st.sampled_from(["rank", "beta", "delay", "eps", "shape", "depth"]), SCALARS, max_size=3)
 PROTECT = st.dictionaries(st.sampled_from(["sinks", "window", "tail"]), SCALARS, max_size=2)

@@ -239,7 +239,9 @@ def errors(caplog):
     """Error lines of the plugin. vLLM's logger does not propagate to the root, where pytest listens."""
     logger = logging.getLogger("vllm")
     logger.addHandler(caplog.handler)
-    yield lambda: [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR and r.name.startswith("vllm.vllm_prune")]
+    yield lambda: [
+        r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR and r.name.startswith("vllm.vllm_prune")
+    ]
     logger.removeHandler(caplog.handler)
 
 

@@ -10,7 +10,17 @@ import os
 
 import pytest
 import torch
-from support import engine, generate, pool_is_whole, prompts, save_base, save_gated, scheduler_of, tiny_config, token_ids
+from support import (
+    engine,
+    generate,
+    pool_is_whole,
+    prompts,
+    save_base,
+    save_gated,
+    scheduler_of,
+    tiny_config,
+    token_ids,
+)
 
 FAMILIES = ("qwen3", "llama", "generic")
 SHAPES = [(64, 1), (64, 2), (64, 8), (128, 1), (128, 2), (128, 8)]

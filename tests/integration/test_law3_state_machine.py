@@ -56,7 +56,9 @@ class PoolMachine(RuleBasedStateMachine):
         self.spec = PruneSpec(block_size=N, num_kv_heads=H, head_size=D, dtype=torch.float32, num_layers=L, gate_rank=rank,
                               chunk_tokens=CHUNK)  # fmt: skip
         self.pool = BlockPool(BLOCKS, enable_caching=False, hash_block_size=N)
-        self.manager = PruneManager(self.spec, self.pool, enable_caching=False, kv_cache_group_id=0, scheduler_block_size=N)
+        self.manager = PruneManager(
+            self.spec, self.pool, enable_caching=False, kv_cache_group_id=0, scheduler_block_size=N
+        )
         self.store = LaneStore(self.spec.geometry, 8, LONGEST, BLOCKS, torch.float32, self.units,
                                self.spec.max_grants(LONGEST))  # fmt: skip
         cache = torch.full((L, BLOCKS, H, N, 2 * D), float("nan"))

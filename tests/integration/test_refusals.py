@@ -33,7 +33,10 @@ def nothing_started() -> Iterator[None]:
     """No process and no process group outlives the block."""
     before = {child.pid for child in psutil.Process().children(recursive=True)}, torch.distributed.is_initialized()
     yield
-    assert ({child.pid for child in psutil.Process().children(recursive=True)}, torch.distributed.is_initialized()) == before
+    assert (
+        {child.pid for child in psutil.Process().children(recursive=True)},
+        torch.distributed.is_initialized(),
+    ) == before
 
 
 def engine_args(folder: Path, **options: Any) -> dict[str, Any]:
@@ -59,7 +62,9 @@ def gated(config: Any, architecture: str = GENERIC_ARCHITECTURE, **extra: Any) -
         text = config.get_text_config()
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         shape = GateShape(text.hidden_size, heads, text.num_hidden_layers)
-        add_gates(folder, [DCPGate(shape, rank=16) for _ in range(shape.num_layers)], {"params": {"rank": 16}}, architecture)
+        add_gates(
+            folder, [DCPGate(shape, rank=16) for _ in range(shape.num_layers)], {"params": {"rank": 16}}, architecture
+        )
         return folder
 
     return build
@@ -219,7 +224,9 @@ def test_platform(tmp_path):
 # vLLM's version ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("found", ["0.32.0", "0.32.0+cpu", "0.32", "0.33.1rc2", "0.33.0.dev12+gabc.d2026", "0.33.1.post1"])
+@pytest.mark.parametrize(
+    "found", ["0.32.0", "0.32.0+cpu", "0.32", "0.33.1rc2", "0.33.0.dev12+gabc.d2026", "0.33.1.post1"]
+)
 def test_supported_versions(found):
     assert compat.version_problem(found) is None
 
@@ -263,7 +270,10 @@ def test_started_on_another_version(tmp_path, monkeypatch):
 
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     monkeypatch.setattr(compat, "vllm_version", lambda: "0.31.2")
-    with nothing_started(), pytest.raises(ValueError, match=r"vLLM 0\.31\.2 is not supported; 0\.32 or 0\.33 is needed\. Inst"):
+    with (
+        nothing_started(),
+        pytest.raises(ValueError, match=r"vLLM 0\.31\.2 is not supported; 0\.32 or 0\.33 is needed\. Inst"),
+    ):
         LLM(**engine_args(QWEN3(tmp_path)))
 
 

@@ -17,9 +17,9 @@ from transformers import GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from vllm_prune_training.base import BaseSettings, train_base  # noqa: E402
-from vllm_prune_training.evaluate import held_out_perplexity, recall_accuracy  # noqa: E402
-from vllm_prune_training.packing import build_corpus  # noqa: E402
+from vllm_prune_training.base import BaseSettings, train_base
+from vllm_prune_training.evaluate import held_out_perplexity, recall_accuracy
+from vllm_prune_training.packing import build_corpus
 
 
 def git_commit() -> str:
@@ -72,9 +72,7 @@ def main() -> None:
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "accelerate")},
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
-        "held_out_ppl": {
-            str(n): held_out_perplexity(model, corpus, n, 65536 // n) for n in (512, 1024, 4096)
-        },
+        "held_out_ppl": {str(n): held_out_perplexity(model, corpus, n, 65536 // n) for n in (512, 1024, 4096)},
         "recall_accuracy": recall_accuracy(model, corpus),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "corpus": corpus.record,

@@ -10,18 +10,7 @@ from typing import Literal
 Kind = Literal["lookup", "variables"]
 Count = Callable[[str], int]
 
-WORDS = (
-    "amber anchor apple arrow aspen badger bamboo barley basil beacon birch bishop bison blossom breeze "
-    "bronze cactus camel candle canyon castle cedar cherry cipher clover cobalt comet copper coral cotton "
-    "crater cricket crystal cypress daisy dolphin dragon eagle ember falcon feather fennel fern finch flint "
-    "forest fossil garnet ginger glacier granite gravel harbor hazel heron honey indigo iris island ivory "
-    "jacket jasmine jasper juniper kernel kestrel kettle lagoon lantern lark laurel lemon lichen lily linen "
-    "lotus magnet mango maple marble marlin meadow mint mirror monsoon moss nectar nickel oasis olive onyx "
-    "opal orchid osprey otter oyster panda parrot pebble pepper pine plum poplar prairie quartz quill rabbit "
-    "raven reef ribbon river robin rocket saffron salmon sandal sierra silver sparrow spruce summit sunset "
-    "tamarind thistle thunder tiger timber topaz tulip tundra turtle umber valley velvet violet walnut "
-    "willow winter wolf yarrow zephyr zinc"
-).split()
+WORDS = ["amber", "anchor", "apple", "arrow", "aspen", "badger", "bamboo", "barley", "basil", "beacon", "birch", "bishop", "bison", "blossom", "breeze", "bronze", "cactus", "camel", "candle", "canyon", "castle", "cedar", "cherry", "cipher", "clover", "cobalt", "comet", "copper", "coral", "cotton", "crater", "cricket", "crystal", "cypress", "daisy", "dolphin", "dragon", "eagle", "ember", "falcon", "feather", "fennel", "fern", "finch", "flint", "forest", "fossil", "garnet", "ginger", "glacier", "granite", "gravel", "harbor", "hazel", "heron", "honey", "indigo", "iris", "island", "ivory", "jacket", "jasmine", "jasper", "juniper", "kernel", "kestrel", "kettle", "lagoon", "lantern", "lark", "laurel", "lemon", "lichen", "lily", "linen", "lotus", "magnet", "mango", "maple", "marble", "marlin", "meadow", "mint", "mirror", "monsoon", "moss", "nectar", "nickel", "oasis", "olive", "onyx", "opal", "orchid", "osprey", "otter", "oyster", "panda", "parrot", "pebble", "pepper", "pine", "plum", "poplar", "prairie", "quartz", "quill", "rabbit", "raven", "reef", "ribbon", "river", "robin", "rocket", "saffron", "salmon", "sandal", "sierra", "silver", "sparrow", "spruce", "summit", "sunset", "tamarind", "thistle", "thunder", "tiger", "timber", "topaz", "tulip", "tundra", "turtle", "umber", "valley", "velvet", "violet", "walnut", "willow", "winter", "wolf", "yarrow", "zephyr", "zinc"]
 TABLE_NAMES = ("table", "registry", "codes", "settings", "lookup", "index")
 
 
@@ -190,7 +179,6 @@ def as_chat(recall: Recall) -> Recall:
     cut = recall.query_start
     text = head + recall.text[:cut] + middle + recall.text[cut:] + "<|im_end|>\n"
     answers = tuple(
-        replace(a, start=a.start + shift, end=a.end + shift, key_end=a.key_end + len(head))
-        for a in recall.answers
+        replace(a, start=a.start + shift, end=a.end + shift, key_end=a.key_end + len(head)) for a in recall.answers
     )
     return Recall(text, answers, recall.kind, cut + shift)

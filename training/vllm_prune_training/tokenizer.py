@@ -20,9 +20,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(
-    texts: Iterable[str], vocab_size: int = 4096, max_length: int = 4096
-) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096, max_length: int = 4096) -> PreTrainedTokenizerFast:
     """Trains the tokenizer on an iterable of texts; ``<|bos|>`` is put in front of each encoded text."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(

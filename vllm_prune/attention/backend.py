@@ -56,7 +56,9 @@ class PruneCPUBackend(AttentionBackend):
 class PruneMetadataBuilder(AttentionMetadataBuilder[PruneAttentionMetadata]):
     """Turns vLLM's batch into rows of request slots."""
 
-    def __init__(self, kv_cache_spec: PruneSpec, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+    def __init__(
+        self, kv_cache_spec: PruneSpec, layer_names: list[str], vllm_config: Any, device: torch.device
+    ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.state = WorkerState(vllm_config, kv_cache_spec, layer_names)
 

@@ -71,7 +71,7 @@ class PruneCPUImpl(AttentionImpl):
     def attach(self, state: WorkerState, index: int) -> None:
         self.state, self.index, self.serving = state, index, state.serving
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         layer: Any,
         query: torch.Tensor,

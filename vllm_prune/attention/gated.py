@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm_prune.attention.backend import PruneCPUBackend
 from vllm_prune.attention.serving import ServedGate, rule_of
 from vllm_prune.cache.spec import PruneSpec
-from vllm_prune.config import DropGateConfig, parse_drop_gate
+from vllm_prune.config import DropGateConfig, parse_drop_gate, server_options
 
 _LIBRARY = torch.library.Library("vllm_prune", "FRAGMENT")
 
@@ -34,7 +34,8 @@ def _gated_attention(
     layer_name: str,
 ) -> None:
     metadata, layer, kv_cache, _ = get_attention_context(layer_name)
-    layer.impl.forward(layer, query, key, value, kv_cache, metadata, output=output, features=features)  # type: ignore[call-arg]
+    impl: Any = layer.impl
+    impl.forward(layer, query, key, value, kv_cache, metadata, output=output, features=features)
 
 
 def _gated_attention_fake(
@@ -57,8 +58,7 @@ if not hasattr(torch.ops.vllm_prune, "gated_attention"):
 
 def section_of(vllm_config: VllmConfig) -> DropGateConfig:
     """The checkpoint's ``drop_gate`` section as this engine serves it."""
-    options = (vllm_config.additional_config or {}).get("vllm_prune", {})
-    return parse_drop_gate(vllm_config.model_config.hf_config, options.get("strength"))
+    return parse_drop_gate(vllm_config.model_config.hf_config, server_options(vllm_config).get("strength"))
 
 
 class GatedAttention(Attention):

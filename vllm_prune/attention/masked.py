@@ -10,7 +10,9 @@ import torch
 from torch.nn import functional as F
 
 
-def gather_lane(kv: torch.Tensor, pages: torch.Tensor, length: int, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def gather_lane(
+    kv: torch.Tensor, pages: torch.Tensor, length: int, head_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of one lane, in lane order.
 
     Args:

@@ -15,6 +15,7 @@ import torch
 from vllm_prune.cache.grants import LaneReport
 from vllm_prune.cache.lanes import LaneStore
 from vllm_prune.cache.spec import PruneSpec
+from vllm_prune.config import server_options
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -76,8 +77,7 @@ class WorkerState:
         self.max_requests = vllm_config.scheduler_config.max_num_seqs
         self.max_tokens = vllm_config.model_config.max_model_len
         self.chunk_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        options = (vllm_config.additional_config or {}).get("vllm_prune", {})
-        self.record = bool(options.get("record", False))
+        self.record = bool(server_options(vllm_config).get("record", False))
         self.layers: list[GatedAttention] = [
             vllm_config.compilation_config.static_forward_context[name] for name in layer_names
         ]
@@ -111,7 +111,9 @@ class WorkerState:
             store.update(req_id, grant.epoch, grant.new_blocks)
         self._step = meta.grants
 
-    def metadata(self, block_table: torch.Tensor, query_start: np.ndarray, seq_lens: np.ndarray) -> PruneAttentionMetadata:
+    def metadata(
+        self, block_table: torch.Tensor, query_start: np.ndarray, seq_lens: np.ndarray
+    ) -> PruneAttentionMetadata:
         """Rows of a step from vLLM's batch: a row's first block id names the request.
 
         Args:
@@ -150,7 +152,7 @@ class WorkerState:
         doomed = set()
         for req_id, report in reports.items():
             grant = step[req_id]
-            if grant.covered >= self.max_tokens:
+            if grant.last or grant.covered >= self.max_tokens:
                 continue
             more = max(min(grant.remaining, self.chunk_tokens), 1)
             blocks = min(geometry.blocks_for_pages(report.pages[0] + geometry.pages_for(more)),

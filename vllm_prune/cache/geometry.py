@@ -70,4 +70,6 @@ class LaneGeometry:
         thinned out, the chunk itself whole."""
         chunk = min(tokens, chunk_tokens)
         thinned = keep * self.pages_for(tokens - chunk) if tokens > chunk else 0.0
-        return min(self.blocks_for(tokens), self.blocks_for_pages(int(thinned) + self.pages_for(chunk) + self.num_lanes))
+        return min(
+            self.blocks_for(tokens), self.blocks_for_pages(int(thinned) + self.pages_for(chunk) + self.num_lanes)
+        )

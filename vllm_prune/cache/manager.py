@@ -51,9 +51,7 @@ class PruneManager(SingleTypeKVCacheManager):
             return self.geometry.blocks_for(num_tokens)
         return max(grants.needed(self.geometry, num_tokens) - grants.live, 0)
 
-    def allocate_new_blocks(
-        self, request_id: str, num_tokens: int, num_tokens_main_model: int
-    ) -> list[KVCacheBlock]:
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         grants = self.grants.get(request_id)
         if grants is None:
             grants = self.grants[request_id] = GrantLog(next(self._epochs))

@@ -108,11 +108,13 @@ def show(console: Console, report: dict[str, Any]) -> None:
     layers = Table(title="What each layer keeps", title_justify="left", title_style="bold")
     for name in ("layer", "kept at the end", "visible over the run", "mean lifetime, tokens"):
         layers.add_column(name, justify="right")
-    everything = {"kept": report["kept_fraction"], "visible": report["visible_fraction"], "lifetime": report["lifetime"]}
-    for name, layer in [*enumerate(report["layers"]), ("all", everything)]:
-        if name == "all":
+    total = {"kept": report["kept_fraction"], "visible": report["visible_fraction"], "lifetime": report["lifetime"]}
+    for number, layer in enumerate([*report["layers"], total]):
+        name = str(number)
+        if layer is total:
             layers.add_section()
-        layers.add_row(str(name), f"{layer['kept']:.1%}", f"{layer['visible']:.1%}", f"{layer['lifetime']:,.0f}")
+            name = "all"
+        layers.add_row(name, f"{layer['kept']:.1%}", f"{layer['visible']:.1%}", f"{layer['lifetime']:,.0f}")
     console.print(layers)
 
     table = Table(title="\nThe same prompt, twice", title_justify="left", title_style="bold")

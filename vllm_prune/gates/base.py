@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import ClassVar
 
 import torch
@@ -24,7 +24,7 @@ NEVER = 2**31 - 1
 """Expiry of a key that no query has rejected. Fits int32."""
 
 
-class Reveal(str, Enum):
+class Reveal(StrEnum):
     """When the expiry of key j becomes known."""
 
     AT_WRITE = "at_write"
@@ -34,7 +34,7 @@ class Reveal(str, Enum):
     PER_REQUEST = "per_request"
 
 
-class Scope(str, Enum):
+class Scope(StrEnum):
     """Who shares one decision: all KV heads of a layer, or each KV head for itself."""
 
     LAYER = "layer"

@@ -11,6 +11,8 @@ there the residual is concave with a slope between 1 and 2, and three steps reac
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 _NEAR_ONE = 1e-3
@@ -69,7 +71,7 @@ def sigma_alpha(s: torch.Tensor, alpha: Alpha) -> torch.Tensor:
 
 class _LogSigmaAlpha(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, s: torch.Tensor, alpha: Alpha) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, s: torch.Tensor, alpha: Alpha) -> torch.Tensor:  # type: ignore[override]
         p, q, u, w = _solve(s, alpha, _iterations(s))
         inside = s.abs() * (alpha - 1.0) < 1.0
         # d log p / ds = (1/p) / (p^(a-1) + q^(a-1)) = 1 / (u + w p/q), and with p and q (u and w) swapped for s > 0
@@ -79,7 +81,7 @@ class _LogSigmaAlpha(torch.autograd.Function):
         return torch.where(inside, log_p, torch.where(s > 0, 0.0, LOG_P_FLOOR))
 
     @staticmethod
-    def backward(ctx, *grads: torch.Tensor):  # type: ignore[override]
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         (slope,) = ctx.saved_tensors
         return grads[0] * slope, None
 

@@ -7,7 +7,7 @@ module's keyword arguments to the attention function, which is ours.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -28,12 +28,15 @@ def gated_attention_forward(
     """Transformers' attention interface. query [1, H * G, T, D], key and value [1, H, T, D]. Returns [T, H * G * D]."""
     tokens = query.shape[-2]
     q, k, v = (x.transpose(1, 2).reshape(tokens, -1) for x in (query, key, value))
-    return module.attn(q, k, v, kwargs.get(_FEATURES)), None
+    attn = cast(GatedAttention, module.attn)
+    return attn(q, k, v, kwargs.get(_FEATURES)), None
 
 
-def _add_features(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _add_features(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    features = module.attn.features(hidden.view(-1, hidden.shape[-1]))
+    features = cast(GatedAttention, module.attn).features(hidden.view(-1, hidden.shape[-1]))
     return args, {**kwargs, _FEATURES: features}
 
 

@@ -14,7 +14,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm_prune.attention.serving import ServedGate
 from vllm_prune.cache.geometry import LaneGeometry
 from vllm_prune.compat import CONNECTOR, CONNECTOR_MODULE, check
-from vllm_prune.config import MAX_STRENGTH, find_gate_file, load_gates, parse_drop_gate
+from vllm_prune.config import MAX_STRENGTH, find_gate_file, load_gates, parse_drop_gate, server_options
 from vllm_prune.errors import PruneError
 
 if TYPE_CHECKING:
@@ -28,14 +28,16 @@ OPTIONS = {"strength": float, "record": bool}
 
 def options_of(vllm_config: VllmConfig) -> dict[str, Any]:
     """The plugin's server options. Raises PruneError for an unknown name or a bad value."""
-    options = (vllm_config.additional_config or {}).get("vllm_prune", {})
+    options = server_options(vllm_config)
     if not isinstance(options, dict):
         raise PruneError("additional_config.vllm_prune must be an object.", f"Known fields: {', '.join(OPTIONS)}.")
     for name, value in options.items():
         if name not in OPTIONS:
             raise PruneError(f"additional_config.vllm_prune.{name} is unknown.", f"Known fields: {', '.join(OPTIONS)}.")
         if OPTIONS[name] is bool and not isinstance(value, bool):
-            raise PruneError(f"additional_config.vllm_prune.{name} must be true or false, got {value!r}.", "Correct it.")
+            raise PruneError(
+                f"additional_config.vllm_prune.{name} must be true or false, got {value!r}.", "Correct it."
+            )
         if OPTIONS[name] is float and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise PruneError(f"additional_config.vllm_prune.{name} must be a number, got {value!r}.", "Correct it.")
     strength = options.get("strength")
@@ -64,7 +66,9 @@ class GatedModelConfig(VerifyAndUpdateConfig):
                 section.num_layers, section.num_kv_heads, model.get_head_size(), block, ServedGate.of(section).rank
             )
         except ValueError as error:
-            raise PruneError(f"drop_gate.params.rank does not fit the base: {error}.", "Train with another rank.") from None
+            raise PruneError(
+                f"drop_gate.params.rank does not fit the base: {error}.", "Train with another rank."
+            ) from None
         if vllm_config.cache_config.enable_prefix_caching:
             logger.info("vllm-prune: prefix caching is switched off (not supported with drop gates yet)")
         vllm_config.cache_config.enable_prefix_caching = False

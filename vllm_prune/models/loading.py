@@ -29,7 +29,7 @@ def load_gate_weights(model: nn.Module, vllm_config: VllmConfig) -> set[str]:
     gated = [(name, module) for name, module in model.named_modules() if isinstance(module, GatedAttention)]
     if len(gated) != section.num_layers:
         raise RuntimeError(f"vllm-prune: {len(gated)} gated layers were built, the checkpoint has {section.num_layers}")
-    loaded = set()
+    loaded: set[str] = set()
     for (name, module), state in zip(gated, tensors, strict=True):
         if module.drop_gate is not None:
             module.drop_gate.load_state_dict(state)

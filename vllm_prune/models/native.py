@@ -22,6 +22,8 @@ from vllm_prune.models.loading import load_gate_weights, without_gates
 class PrunedQwen3Attention(Qwen3Attention):
     """Qwen3's attention with a drop gate. Same weights, same maths until keys are dropped."""
 
+    attn: GatedAttention
+
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
@@ -34,6 +36,8 @@ class PrunedQwen3Attention(Qwen3Attention):
 
 class PrunedLlamaAttention(LlamaAttention):
     """Llama's attention with a drop gate."""
+
+    attn: GatedAttention
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         qkv, _ = self.qkv_proj(hidden_states)
