@@ -2,8 +2,8 @@
 
     python benchmarks/capacity.py [--quick] [--json PATH]
 
-Both engines get the same block pool and a queue of equal requests, three times what they can hold. ``ratio`` is the
-plugin's steady mean of running requests over stock's (steady: from the first finished request until the queue is empty);
+Both engines get the same block pool and a queue of equal requests, twice what they can hold by their bytes. ``ratio`` is the
+plugin's steady mean of running requests over stock's (steady: from the first peak until the queue is empty);
 ``ideal`` is 1 / ``kept``, and ``kept`` the bytes of keys, values and gate keys held over those of dense keys and values.
 Then one prompt longer than the whole pool: stock refuses to start with such a context, the plugin serves it.
 """
@@ -27,7 +27,8 @@ def fill(engine: Engine, requests: int, prompt: int, new_tokens: int, gated: boo
     engine.add([prompt] * requests, new_tokens)
     running: list[int] = []
     free: list[int] = []
-    held = dense = 0
+    held: list[int] = []
+    dense: list[int] = []
     preemptions: dict[str, int] = {}
     truths: list[dict[str, Any]] = []
     finished = steps = 0
@@ -37,15 +38,17 @@ def fill(engine: Engine, requests: int, prompt: int, new_tokens: int, gated: boo
         steps += 1
         for request in engine.scheduler.requests.values():
             preemptions[request.request_id] = request.num_preemptions
-        if finished and engine.scheduler.waiting:
+        if engine.scheduler.waiting:
             running.append(len(engine.scheduler.running))
             free.append(engine.pool.get_num_free_blocks())
-            if gated:
-                now = kept_bytes(engine)
-                held, dense = held + now[0], dense + now[1]
+            now = kept_bytes(engine) if gated else (0, 0)
+            held.append(now[0])
+            dense.append(now[1])
         done = [output for output in outputs if output.finished]
         finished += len(done)
         truths += [output.kv_transfer_params["vllm_prune"] for output in done if gated]
+    full = running.index(max(running))
+    running, free = running[full:], free[full:]
     result: dict[str, Any] = {
         "requests": requests,
         "finished": finished,
@@ -53,6 +56,7 @@ def fill(engine: Engine, requests: int, prompt: int, new_tokens: int, gated: boo
         "seconds": time.perf_counter() - begin,
         "running_mean": statistics.mean(running),
         "running_peak": max(running),
+        "steady_steps": len(running),
         "running": spread([float(n) for n in running]),
         "free_blocks": spread([float(n) for n in free]),
         "preemptions": sum(preemptions.values()),
@@ -65,7 +69,7 @@ def fill(engine: Engine, requests: int, prompt: int, new_tokens: int, gated: boo
         }
         per_key = 2 * SHAPE.kv_heads * SHAPE.head_dim
         result["truth"] = {"keys_kept": keys, "bytes_kept": keys * (per_key + RANK) / per_key, **mean}
-        result["lanes"] = {"bytes_kept": held / dense}
+        result["lanes"] = {"bytes_kept": sum(held[full:]) / sum(dense[full:])}
     return result
 
 
@@ -96,7 +100,7 @@ def beyond_the_pool(folders: tuple[Path, Path], blocks: int) -> dict[str, Any]:
 def main() -> None:
     args = arguments("Requests running at once in the same pool, stock and plugin.")
     started = time.perf_counter()
-    dense_requests, prompt, new_tokens = (6, 1024, 64) if args.quick else (12, 1536, 96)
+    dense_requests, prompt, new_tokens, budget = (8, 1536, 96, 1024) if args.quick else (16, 2048, 128, 2048)
     blocks = dense_requests * -(-(prompt + new_tokens) // 32) + 1  # vLLM keeps block 0 for itself
     result: dict[str, Any] = {"benchmark": "capacity"}
     with temporary_models(SHAPE, KEEP, RANK) as folders:
@@ -105,9 +109,9 @@ def main() -> None:
             ("plugin", folders[1], dense_requests / KEEP),
         ):
             engine = Engine(folder, SHAPE, blocks, max_model_len=prompt + new_tokens, max_num_seqs=256,
-                            max_num_batched_tokens=1024)  # fmt: skip
+                            max_num_batched_tokens=budget)  # fmt: skip
             say(f"{name}: engine after {time.perf_counter() - started:.1f} s, {engine.pool.num_gpu_blocks} blocks")
-            result[name] = fill(engine, int(3 * most), prompt, new_tokens, gated=name == "plugin")
+            result[name] = fill(engine, int(2 * most), prompt, new_tokens, gated=name == "plugin")
             engine.close()
             say({key: value for key, value in result[name].items() if not isinstance(value, list)})
         result["prompt_longer_than_pool"] = beyond_the_pool(folders, 64 if args.quick else 256)
@@ -124,6 +128,7 @@ def main() -> None:
         "pool_blocks": blocks,
         "prompt": prompt,
         "new_tokens": new_tokens,
+        "max_num_batched_tokens": budget,
         "gate": {"method": "dcp", "rank": RANK, "target_keep": KEEP, "expected_keep": KEEP},
         "repetitions": {"runs": 1, "note": "counts, not times: a run repeats exactly but for sampled tokens"},
         "spread": {name: result[name]["running"] for name in ("stock", "plugin")},

@@ -29,8 +29,8 @@ def main(
 
 @app.command()
 def demo(
-    model: Annotated[Path | None, typer.Option(help="Gated checkpoint. [default: examples/reference-dcp]")] = None,
-    source: Annotated[Path | None, typer.Option(help="Text to read. [default: a held-out library module]")] = None,
+    model: Annotated[Path | None, typer.Option(help="Gated checkpoint. Default: examples/reference-dcp")] = None,
+    source: Annotated[Path | None, typer.Option(help="Text to read. Default: a held-out library module")] = None,
     prompt_tokens: Annotated[int, typer.Option(min=2, help="Tokens of it that are read.")] = 3000,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 128,
     out: Annotated[Path, typer.Option(help="Folder for report.json, map.png and map.html.")] = Path("build/demo"),

@@ -9,7 +9,7 @@ out=${4:-examples}
 python=${PYTHON:-.venv/bin/python}
 logs=$(dirname "$base")
 
-until [ -s "$base/model.safetensors" ] && [ -s "$base/record.json" ]; do sleep 5; done
+until [ -s "$base/model.safetensors" ] && [ -s "$base/tokenizer_config.json" ]; do sleep 5; done
 sleep 3
 one() {  # a second try continues from the last checkpoint, without torch.compile
     method=$1 minutes=$2

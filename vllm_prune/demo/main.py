@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 
 import vllm_prune
 from vllm_prune.config import GATE_FILE, SECTION, read_config_json
@@ -121,7 +122,8 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
     source = load_source(tokenizer, options.source, options.prompt_tokens, options.new_tokens)
     evicting, dense = jobs(options, folder, source.prompt)
     options.out.mkdir(parents=True, exist_ok=True)
-    console.print(f"[bold]{folder}[/] continues [bold]{source.path}[/] after {len(source.prompt):,} tokens")
+    names = [escape(str(path)) for path in (folder, source.path, options.out)]
+    console.print(f"[bold]{names[0]}[/] continues [bold]{names[1]}[/] after {len(source.prompt):,} tokens")
     with console.status("running with eviction ..."):
         pruned = launch(evicting, options.out, "run-evicting")
     with console.status("running with open gates ..."):
@@ -138,7 +140,7 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
     result = build_report(options, folder, config, source, data, pruned, open_gates, tokenizer)
     write(options.out, result, data, pruned, open_gates)
     report.show(console, result)
-    console.print(f"\nWritten to [bold]{options.out}[/]: report.json, map.png, and map.html to open in a browser.")
+    console.print(f"\nWritten to [bold]{names[2]}[/]: report.json, map.png, and map.html to open in a browser.")
     return result
 
 

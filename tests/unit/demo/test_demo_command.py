@@ -69,8 +69,12 @@ def test_both_runs_differ_in_the_gates_only():
     assert evict == dense
 
 
-def test_a_failed_run_is_reported_with_its_reason(tmp_path: Path):
-    with pytest.raises(PruneError, match=r"run 'x' ended with exit code 1.*See .*x\.log"):
+def test_a_failed_run_is_reported_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'ValueError: vllm-prune: refused (mla): no heads.'\necho more\nexit 3\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(launch.sys, "executable", str(python))
+    with pytest.raises(PruneError, match=r"'x' ended with exit code 3: .*refused \(mla\): no heads\. See .*x\.log"):
         launch.launch(JOB, tmp_path, "x")
     assert json.loads((tmp_path / "x.job.json").read_text())["new_tokens"] == 4
 

@@ -43,8 +43,13 @@ def test_mean_shade_is_taken_on_the_log_scale():
 
 @pytest.mark.parametrize(
     ("reveal", "causes"),
-    [("by_query", [2, -1, 3, -1]), ("at_boundary", [2, -1, 3, -1]), ("delayed", [1, -1, 3, -1]), ("at_write", [0, -1, 2, -1])],
-)  # fmt: skip
+    [
+        ("by_query", [2, -1, 3, -1]),
+        ("at_boundary", [2, -1, 3, -1]),
+        ("delayed", [1, -1, 3, -1]),
+        ("at_write", [0, -1, 2, -1]),
+    ],
+)
 def test_the_cause_is_the_token_that_decided(reveal: str, causes: list[int]):
     assert small([[[2, NEVER, 3, 5]]], reveal).causes.tolist() == [[causes]]
 
