@@ -39,7 +39,7 @@ def main() -> None:
     started = time.perf_counter()
     shape = replace(QWEN3_0_6B, layers=8, vocab=8192) if args.quick else QWEN3_0_6B
     batch, context, prompt, steps = 4, 128, 256, 4
-    decode_rounds, prefill_rounds = (30, 10) if args.quick else (40, 12)
+    decode_rounds, prefill_rounds = (30, 16) if args.quick else (40, 24)
     new_tokens = (decode_rounds + 1) * steps + 8
     engines: dict[str, Engine] = {}
     with temporary_models(shape, keep=0.2, rank=RANK, strength=0.0) as folders:

@@ -64,10 +64,16 @@ class EvictionMap:
         return np.where(self.kept, self.tokens, np.maximum(self.lifetime, 1)).astype(np.float64)
 
     @property
+    def dropping(self) -> np.ndarray:
+        """bool [L, E]: units that drop at least 1 % of their keys; all, when none does. A unit that keeps everything
+        says nothing about a token, so means leave it out."""
+        drops = self.kept.mean(axis=-1) <= 0.99
+        return drops if drops.any() else np.ones_like(drops)
+
+    @property
     def mean_shade(self) -> np.ndarray:
-        """float64 [T]: over layers and units, on the log scale of the colours (a geometric mean): one layer that keeps
-        everything does not outshine the others."""
-        return np.exp(np.log(self.shade).mean(axis=(0, 1)))
+        """float64 [T]: over the units that drop, on the log scale of the colours (a geometric mean)."""
+        return np.exp(np.log(self.shade[self.dropping]).mean(axis=0))
 
     @property
     def causes(self) -> np.ndarray:
@@ -117,6 +123,7 @@ def page_data(data: EvictionMap, facts: list[tuple[str, str]]) -> dict[str, Any]
         "reveal": data.reveal,
         "tokens": data.pieces,
         "units": unit_names(layers, units),
+        "dropping": np.flatnonzero(data.dropping).tolist(),
         "life": life.tolist(),
         "stops": STOPS,
     }

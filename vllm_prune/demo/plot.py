@@ -134,8 +134,9 @@ def _text(ax: Axes, data: EvictionMap, colors: Any, norm: Any) -> None:
             ax.text(left + column, row + 0.7, part, fontsize=size, color=ink, family="DejaVu Sans Mono", va="baseline")
     indices = [token for line in shown for token, _, _ in line]
     span = f"tokens {min(indices):,} to {max(indices):,} of {data.tokens:,}" if indices else ""
-    layers, units, _ = data.expiry.shape
-    over = f"{layers} layers" + (f" and {units} KV heads" if units > 1 else "")
+    count, drop = data.dropping.size, int(data.dropping.sum())
+    over = "layers" if data.expiry.shape[1] == 1 else "heads"
+    over = f"all {count} {over}" if drop == count else f"the {drop} of {count} {over} that drop"
     title = f"An excerpt ({span}); colour: how long a token's key was kept, mean over {over}"
     ax.set_title(title, loc="left", fontsize=10.5)
 
@@ -178,18 +179,21 @@ def _heat(ax: Axes, data: EvictionMap, colors: Any, norm: Any) -> None:
 
 
 def _pool(ax: Axes, timelines: dict[str, Timeline], prompt_tokens: int) -> None:
-    for (name, points), color in zip(timelines.items(), ("#348fa7", "#8a939b"), strict=False):
+    most = max(y for points in timelines.values() for _, y in points)
+    for (name, points), color in zip(timelines.items(), ("#2b7a90", "#8a939b"), strict=False):
         x, y = zip(*points, strict=True)
         ax.plot(x, y, color=color, linewidth=2.2)
         at = 0.93 * prompt_tokens
-        ax.annotate(f"{name}: {y[-1]} at the end", (at, np.interp(at, x, y)), xytext=(0, 5), textcoords="offset points",
-                    ha="right", color=color, fontweight="bold")  # fmt: skip
-    most = max(y for points in timelines.values() for _, y in points)
+        below = y[-1] < most and y[-1] > 0.5 * most  # out of the way of the line above
+        height = float(np.interp(0.78 * at if below else at, x, y))  # where the rising line comes closest to the label
+        ax.annotate(f"{name}: {y[-1]} at the end", (at, height), xytext=(0, -2 if below else 5), color=color,
+                    textcoords="offset points", ha="right", va="top" if below else "bottom",
+                    fontweight="bold")  # fmt: skip
     ax.set_ylim(0, most * 1.22)
     ax.set_xlim(0, max(points[-1][0] for points in timelines.values()))
     ax.axvline(prompt_tokens, color=ACCENT, linewidth=1.4)
-    ax.annotate("generated from here", (prompt_tokens, 0), xytext=(-5, 5), textcoords="offset points", ha="right",
-                color=ACCENT)  # fmt: skip
+    ax.annotate("generated from here", (prompt_tokens, 0), xytext=(-5, 4), textcoords="offset points", ha="right",
+                fontsize=9, color=ACCENT)  # fmt: skip
     _frame(ax)
     ax.set_title("Blocks held in vLLM's pool after each step", loc="left", fontsize=10.5)
     ax.set_xlabel("tokens computed", labelpad=2)

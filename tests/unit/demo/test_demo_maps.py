@@ -36,9 +36,12 @@ def test_a_key_never_stored_has_no_lifetime_but_a_colour():
     assert data.shade[0, 0, 0] == 1.0
 
 
-def test_mean_shade_is_taken_on_the_log_scale():
-    data = small([[[1, *[NEVER] * 15]], [[NEVER] * 16]])
+def test_mean_shade_is_taken_on_the_log_scale_over_the_units_that_drop():
+    data = small([[[1, *[NEVER] * 15]], [[NEVER, 2, *[NEVER] * 14]], [[NEVER] * 16]])
+    assert data.dropping.tolist() == [[True], [True], [False]]
     assert data.mean_shade[0] == pytest.approx(4.0)  # between 1 and 16
+    assert maps.page_data(data, [])["dropping"] == [0, 1]
+    assert small([[[NEVER] * 4]]).dropping.all()
 
 
 @pytest.mark.parametrize(

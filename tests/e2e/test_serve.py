@@ -1,0 +1,296 @@
+"""`vllm serve FOLDER` as a user runs it: stock vLLM, no flag that knows of the plugin, the plain openai client."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from openai import BadRequestError, OpenAI
+from support import VOCAB, save_gated, tiny_config
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+pytestmark = pytest.mark.slow
+
+REFERENCE = Path(__file__).parents[2] / "examples" / "reference-dcp"
+READY_SECONDS = 300
+LONGEST = 512
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXT = "The quick brown fox jumps over the lazy dog. A key that nobody asks for again may be forgotten. "
+MESSAGES: list[Any] = [{"role": "user", "content": "What may be forgotten? " + TEXT}]
+NO_END = {"ignore_eos": True}
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A byte-level BPE trained on a few sentences, with ChatML. Special ids as in ``tiny_config``."""
+    special = ["<|endoftext|>", "<|im_end|>", "<|pad|>", "<|im_start|>"]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([TEXT, Path(__file__).read_text()], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=special[0], eos_token=special[1], pad_token=special[2], chat_template=TEMPLATE
+    )
+    fast.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The reference checkpoint of the repository where it is, a random one otherwise."""
+    if (REFERENCE / "config.json").exists():
+        return REFERENCE
+    made = save_gated(tmp_path_factory.mktemp("served"), tiny_config("qwen3"), "dcp", section={"expected_keep": 0.5})
+    save_tokenizer(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder) -> Any:
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def user_environment(**more: str) -> dict[str, str]:
+    """The tests' own, without what makes an engine run in one process: a server has its worker in another."""
+    kept = {key: value for key, value in os.environ.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    return {**kept, "VLLM_LOGGING_LEVEL": "INFO", **more}
+
+
+@dataclass
+class Server:
+    """A running server: where it listens, where it logs, its process."""
+
+    url: str
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=30)
+
+    def metric(self, name: str) -> float:
+        """Sum of a series over its labels."""
+        lines = [line for line in self.get("/metrics").text.splitlines() if line.startswith((name + "{", name + " "))]
+        assert lines, f"no series {name}"
+        return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+    def wait_until_ready(self) -> None:
+        end = time.monotonic() + READY_SECONDS
+        while time.monotonic() < end:
+            if self.process.poll() is not None:
+                pytest.fail(f"the server ended with {self.process.returncode}:\n{self.log.read_text()[-6000:]}")
+            try:
+                if self.get("/health").status_code == 200:
+                    return
+            except httpx.HTTPError:
+                time.sleep(0.3)
+        pytest.fail(f"the server is not ready after {READY_SECONDS} s:\n{self.log.read_text()[-6000:]}")
+
+
+@pytest.fixture(scope="module")
+def server(folder, tmp_path_factory) -> Iterator[Server]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    command = [
+        str(Path(sys.executable).parent / "vllm"), "serve", str(folder), "--host", "127.0.0.1", "--port", str(port),
+        "--max-model-len", str(LONGEST), "--kv-cache-memory-bytes", "64M", "--enforce-eager",
+    ]  # fmt: skip
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, env=user_environment(), stdout=out, stderr=out, start_new_session=True)
+    family: list[psutil.Process] = []
+    try:
+        found = Server(f"http://127.0.0.1:{port}", log, process)
+        found.wait_until_ready()
+        family = psutil.Process(process.pid).children(recursive=True)
+        yield found
+    finally:
+        if process.poll() is None:
+            family = psutil.Process(process.pid).children(recursive=True)
+            process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        for child in family:
+            if child.is_running():
+                child.kill()
+
+
+@pytest.fixture(scope="module")
+def client(server) -> OpenAI:
+    return OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def model(client, folder) -> str:
+    (found,) = client.models.list().data
+    assert found.id == str(folder)
+    return found.id
+
+
+def test_what_was_set_by_itself_is_in_the_log(server, model):
+    log = server.log.read_text()
+    assert re.search(r"vllm-prune: dcp gates at strength \S+, \d+ layers, planned kept fraction", log)
+    assert "vllm-prune: prefix caching is switched off" in log
+
+
+def test_completion(client, model, tokenizer):
+    asked = {"model": model, "prompt": TEXT, "max_tokens": 20, "temperature": 0, "extra_body": NO_END}
+    answer = client.completions.create(**asked)
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.choices[0].text
+    length = len(tokenizer(TEXT).input_ids)
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (length, 20)
+    assert answer.usage.total_tokens == length + 20
+    assert client.completions.create(**asked).choices[0].text == answer.choices[0].text
+
+
+def test_completion_stream(client, model, tokenizer):
+    asked: dict[str, Any] = {"model": model, "prompt": TEXT, "max_tokens": 20, "temperature": 0, "extra_body": NO_END}
+    chunks = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert chunks[-1].usage.prompt_tokens == len(tokenizer(TEXT).input_ids)
+    assert chunks[-1].usage.completion_tokens == 20
+    choices = [choice for chunk in chunks for choice in chunk.choices]
+    assert len(choices) > 10
+    assert choices[-1].finish_reason == "length"
+    assert "".join(choice.text for choice in choices) == client.completions.create(**asked).choices[0].text
+
+
+def test_chat(client, model, tokenizer):
+    answer = client.chat.completions.create(
+        model=model, messages=MESSAGES, max_completion_tokens=12, temperature=0, extra_body=NO_END
+    )
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].message.content
+    templated = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=True, return_dict=True)
+    assert answer.usage.prompt_tokens == len(templated["input_ids"])
+    assert answer.usage.completion_tokens == 12
+
+
+def test_chat_stream(client, model):
+    asked: dict[str, Any] = {
+        "model": model, "messages": MESSAGES, "max_completion_tokens": 12, "temperature": 0, "extra_body": NO_END,
+    }  # fmt: skip
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert chunks[-1].usage.completion_tokens == 12
+    choices = [choice for chunk in chunks for choice in chunk.choices]
+    assert choices[-1].finish_reason == "length"
+    whole = client.chat.completions.create(**asked).choices[0].message.content
+    assert "".join(choice.delta.content or "" for choice in choices) == whole
+
+
+def test_keys_are_dropped_and_told_of(client, model, tokenizer):
+    """A long prompt: what was kept of it rides on the response, in vLLM's field for its connector's words."""
+    text = (TEXT * 20)[: LONGEST // 2]
+    answer = client.completions.create(model=model, prompt=text, max_tokens=10, temperature=0, extra_body=NO_END)
+    told = answer.model_extra["kv_transfer_params"]["vllm_prune"]
+    # vLLM asks for these words before it hands over the last step's report: they are of the step before.
+    assert told["tokens"] == answer.usage.total_tokens - 2
+    assert told["keys_dropped"] > 0
+    assert 0 < told["kept_fraction"] < 1
+    assert told["kept_fraction"] == pytest.approx(told["keys_held"] / (told["keys_held"] + told["keys_dropped"]))
+
+
+def test_too_long_a_prompt_is_the_clients_error(client, model):
+    with pytest.raises(BadRequestError, match="maximum context length"):
+        client.completions.create(model=model, prompt=TEXT * 100, max_tokens=5)
+
+
+def test_many_at_once(client, model, server):
+    """More requests than the pool may want to hold, of all lengths, streamed and not."""
+    before = server.metric("vllm:generation_tokens_total")
+
+    def ask(index: int) -> int:
+        asked: dict[str, Any] = {
+            "model": model, "prompt": TEXT * (index % 3) + "x" * index, "max_tokens": 5 + 3 * index, "extra_body": NO_END,
+            "seed": index,
+        }  # fmt: skip
+        if index % 2 == 0:
+            return client.completions.create(**asked).usage.completion_tokens
+        chunks = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+        return chunks[-1].usage.completion_tokens
+
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(ask, range(1, 25))) == [5 + 3 * index for index in range(1, 25)]
+    assert server.metric("vllm:generation_tokens_total") - before == sum(5 + 3 * index for index in range(1, 25))
+
+
+def test_metrics(server, model):
+    for name in ("vllm:prompt_tokens_total", "vllm:request_success_total", "vllm:e2e_request_latency_seconds_count"):
+        assert server.metric(name) > 0
+    assert server.metric("vllm:num_requests_running") == 0
+    assert server.metric("vllm:kv_cache_usage_perc") == 0
+
+
+def test_client_that_hangs_up(server, client, model):
+    """In the middle of a stream. Its request ends, its blocks come back, and the server goes on."""
+    ended = server.metric("vllm:request_success_total")
+    body = {"model": model, "prompt": TEXT, "max_tokens": 400, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=60) as stream:
+        lines = stream.iter_lines()
+        assert sum(1 for line in (next(lines) for _ in range(8)) if line.startswith("data: ")) >= 3
+    end = time.monotonic() + 60
+    while server.metric("vllm:num_requests_running") > 0 and time.monotonic() < end:
+        time.sleep(0.2)
+    assert server.metric("vllm:num_requests_running") == 0
+    assert server.get("/health").status_code == 200
+    answer = client.completions.create(model=model, prompt=TEXT, max_tokens=10, extra_body=NO_END)
+    assert answer.usage.completion_tokens == 10
+    assert server.metric("vllm:kv_cache_usage_perc") == 0
+    # Told apart from one that was served to its end: 400 tokens were not counted.
+    assert server.metric("vllm:request_success_total") - ended <= 2
+
+
+def configure(folder: Path, plugins: str) -> subprocess.CompletedProcess[str]:
+    """Only the configuration is made: unknown architectures are found there."""
+    code = f"from vllm.engine.arg_utils import EngineArgs; EngineArgs(model={str(folder)!r}).create_engine_config()"
+    env = user_environment(VLLM_PLUGINS=plugins)
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_without_the_plugin_the_folder_is_not_served(folder):
+    """Never silently without its gates: stock vLLM does not know the architecture."""
+    (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
+    done = configure(folder, plugins="")
+    assert done.returncode != 0
+    assert f"Model architectures ['{architecture}'] are not supported" in done.stderr
+
+
+def test_with_the_plugin_alone_it_is(folder):
+    done = configure(folder, plugins="vllm_prune")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_sigterm_ends_it(server):
+    """Comes last: the engine and the worker go with it."""
+    family = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
+    assert len(family) >= 3
+    server.process.send_signal(signal.SIGTERM)
+    server.process.wait(60)
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert alive == []
+    with pytest.raises(httpx.HTTPError):
+        server.get("/health")

@@ -1,0 +1,82 @@
+"""Scheduler-side accounting without vLLM: bounds, reports, their aggregation over ranks."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_prune.cache.geometry import LaneGeometry, cdiv
+from vllm_prune.cache.grants import GrantLog, LaneReport
+
+geometries = st.builds(
+    LaneGeometry,
+    num_layers=st.integers(1, 4),
+    num_kv_heads=st.integers(1, 4),
+    head_size=st.sampled_from([32, 64]),
+    block_tokens=st.sampled_from([32, 64]),
+    gate_rank=st.sampled_from([0, 16, 64]),
+)
+
+
+def report(**changes) -> LaneReport:
+    return LaneReport(**{"epoch": 1, "covered": 100, "pages": (10, 11, 12), "keep": 3, "seen": 5, **changes})
+
+
+@given(geometries, st.integers(0, 500), st.lists(st.integers(0, 400), min_size=1, max_size=6), st.integers(1, 200))
+def test_bound_covers_whatever_the_gates_keep(geometry, covered, lengths, more):
+    """Any lane lengths up to what was covered, then ``more`` tokens kept everywhere: the grant suffices."""
+    g = geometry
+    lanes = [min(lengths[i % len(lengths)], covered) for i in range(g.num_lanes)]
+
+    def pages(extra: int) -> int:
+        total = 0
+        for i, length in enumerate(lanes):
+            gate = g.gate_rank and i % g.lanes_per_layer == g.num_kv_heads
+            total += cdiv(length + extra, g.gate_page_tokens if gate else g.block_tokens)
+        return total
+
+    log = GrantLog(1, report=report(covered=covered, pages=(pages(0), pages(1), pages(2))))
+    assert log.needed(g, covered + more) * g.pages_per_block >= pages(more)
+    assert log.needed(g, covered + more) <= g.blocks_for(covered + more), "never more than keeping everything"
+
+
+@given(geometries, st.integers(1, 3000), st.integers(1, 512), st.floats(0.01, 1.0))
+def test_planned_peak(geometry, tokens, chunk, keep):
+    assert geometry.peak_blocks(tokens, chunk, keep) <= geometry.blocks_for(tokens)
+    assert geometry.peak_blocks(tokens, chunk, 1.0) == geometry.blocks_for(tokens), "keeping all plans like stock vLLM"
+    assert geometry.peak_blocks(tokens, chunk, keep) >= geometry.blocks_for(min(tokens, chunk))
+
+
+def test_reports_are_merged_by_maximum():
+    merged = report(pages=(10, 11, 12), keep=3, held=5, dropped=9).merge(report(pages=(8, 13, 12), keep=4, held=7, dropped=8))
+    assert merged.pages == (10, 13, 12) and merged.keep == 4 and merged.held == 7 and merged.dropped == 8
+
+
+@pytest.mark.parametrize("field", ["epoch", "covered", "seen"])
+def test_reports_of_different_moments_are_refused(field):
+    with pytest.raises(ValueError, match="different steps"):
+        report().merge(report(**{field: 7}))
+
+
+def test_accept_gives_back_the_tail_once_and_ignores_earlier_lives():
+    log = GrantLog(2)
+    log.grant(list("abcdef"))
+    assert log.accept(report(epoch=1)) == [], "an earlier life"
+    assert log.accept(report(epoch=2, keep=2, seen=5)) == ["e", "d", "c"], "f was granted after the worker spoke"
+    assert log.log == ["a", "b", None, None, None, "f"] and (log.live, log.returned) == (3, 3)
+    assert log.accept(report(epoch=2, keep=2, seen=5)) == []
+    assert log.accept(report(epoch=2, keep=0, seen=6)) == ["f", "b"], "the first grant names the request: it stays"
+
+
+def test_unsent_grants_are_told_once():
+    log = GrantLog(1)
+    log.grant(["a", "b"])
+    assert log.take_unsent() == ["a", "b"] and log.take_unsent() == []
+    log.grant(["c"])
+    assert log.take_unsent() == ["c"]
+
+
+def test_a_page_that_cannot_hold_gate_keys_is_refused():
+    with pytest.raises(ValueError, match="gate keys"):
+        LaneGeometry(1, 1, 32, 32, gate_rank=48)
