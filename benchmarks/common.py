@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import os
 import platform
@@ -217,6 +218,8 @@ class Engine:
     def close(self) -> None:
         self._global._KV_CONNECTOR_AGENT = self._connector
         self.llm.llm_engine.engine_core.shutdown()
+        del self.llm, self.core, self.scheduler, self.pool
+        gc.collect()
 
     @property
     def lanes(self) -> Any:

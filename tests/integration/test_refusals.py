@@ -164,17 +164,34 @@ TABLE = [
 ]
 
 
-@pytest.mark.parametrize(("refusal", "case"), TABLE)
-def test_refused(refusal, case, tmp_path, monkeypatch):
-    """As a user would: an engine with its worker in a process of its own, which must never come to be."""
+@pytest.fixture
+def start(monkeypatch) -> Callable[..., Any]:
+    """``LLM`` as a user calls it, its worker in a process of its own; fails if it gets as far as starting its engine."""
     from vllm import LLM
+    from vllm.v1.engine.core_client import EngineCoreClient
+
+    def begun(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("the engine was about to be started")
 
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setattr(EngineCoreClient, "make_client", begun)
+    return lambda folder, **options: LLM(**engine_args(folder, **options))
+
+
+def test_start_goes_as_far_as_the_engine(start, tmp_path):
+    """The control: what is not refused would be started."""
+    with pytest.raises(RuntimeError, match="about to be started"):
+        start(QWEN3(tmp_path))
+
+
+@pytest.mark.parametrize(("refusal", "case"), TABLE)
+def test_refused(refusal, case, tmp_path, start):
+    """With reason and way out, before there is an engine."""
     assert case, f"the refusal '{refusal.name}' has no case in this file"
     build, options = CASES[refusal.name][case]
     folder = build(tmp_path)
     with nothing_started(), pytest.raises(ValueError) as caught:
-        LLM(**engine_args(folder, **options))
+        start(folder, **options)
     message = str(caught.value)
     assert f"refused ({refusal.name})" in message
     assert refusal.reason in message
@@ -265,16 +282,13 @@ def test_version_of_either_distribution(installed, expected, monkeypatch):
     assert compat.vllm_version() == expected
 
 
-def test_started_on_another_version(tmp_path, monkeypatch):
-    from vllm import LLM
-
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+def test_started_on_another_version(tmp_path, monkeypatch, start):
     monkeypatch.setattr(compat, "vllm_version", lambda: "0.31.2")
     with (
         nothing_started(),
         pytest.raises(ValueError, match=r"vLLM 0\.31\.2 is not supported; 0\.32 or 0\.33 is needed\. Inst"),
     ):
-        LLM(**engine_args(QWEN3(tmp_path)))
+        start(QWEN3(tmp_path))
 
 
 def test_other_models_on_another_version(tmp_path, monkeypatch, caplog):

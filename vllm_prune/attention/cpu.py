@@ -187,7 +187,8 @@ class PruneCPUImpl(AttentionImpl):
             lane_query = query[begin : begin + len(rows)].reshape(len(rows) * heads, group, size)
             lane_out = output[begin : begin + len(rows)].view(len(rows) * heads, group, size)
         else:
-            lane_query = torch.cat([_by_lane(query[f : f + c], heads) for _, f, c in rows])
+            parts = [_by_lane(query[f : f + c], heads) for _, f, c in rows]
+            lane_query = parts[0] if len(parts) == 1 else torch.cat(parts)
             lane_out = torch.empty_like(lane_query)
         cache = store.kv_tensor.view(-1, 1, 2 * n, size)  # type: ignore[union-attr]
         key_cache, value_cache = cache.chunk(2, dim=2)
@@ -200,7 +201,7 @@ class PruneCPUImpl(AttentionImpl):
             at = 0
             for _, first, count in rows:
                 part = lane_out[at : at + count * heads].view(heads, count, group, size)
-                output[first : first + count] = part.transpose(0, 1).reshape(count, self.num_heads, size)
+                output[first : first + count].view(count, heads, group, size).copy_(part.transpose(0, 1))
                 at += count * heads
 
 

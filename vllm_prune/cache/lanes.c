@@ -100,20 +100,27 @@ int lanes_drop(const Store *a, int64_t s, int64_t layer, int64_t unit, const int
     return 0;
 }
 
-/* Write one token at the end of a unit's lanes. */
-int lanes_append(const Store *a, int64_t s, int64_t layer, int64_t unit, int32_t position, int32_t expiry, const Tokens *t, int64_t token) {
+/* Write those of c tokens whose expiry[i] > dead_at at the end of a unit's lanes, token i at position start + i. */
+int lanes_append(const Store *a, int64_t s, int64_t layer, int64_t unit, int32_t start, const int32_t *expiry, int32_t dead_at,
+                 const Tokens *t, int64_t first, int64_t c) {
     int64_t h0, h1;
     unit_heads(a, unit, &h0, &h1);
-    const int64_t first = layer * a->per_layer + h0, i = *length_of(a, s, first);
-    for (int64_t h = h0; h < h1; h++) {
+    for (int64_t h = h0; h < h1; h++) { /* lane by lane: a page stays in cache while it fills */
         const int64_t lane = layer * a->per_layer + h, n = page_tokens(a, h);
-        if (i % n == 0 && take_page(a, s, lane, i / n)) return OUT_OF_PAGES;
-        (a->elem == 2 ? write16 : write32)(a, h, row_of(a, s, lane)[i / n], i % n, t, token);
-        *length_of(a, s, lane) = (int32_t)(i + 1);
+        int64_t i = *length_of(a, s, lane);
+        for (int64_t j = 0; j < c; j++) {
+            if (expiry[j] <= dead_at) continue;
+            if (i % n == 0 && take_page(a, s, lane, i / n)) return OUT_OF_PAGES;
+            const int64_t page = row_of(a, s, lane)[i / n];
+            (a->elem == 2 ? write16 : write32)(a, h, page, i % n, t, first + j);
+            if (h == h0) {
+                a->pos[page * a->N + i % n] = start + (int32_t)j;
+                a->exp[page * a->N + i % n] = expiry[j];
+            }
+            i++;
+        }
+        *length_of(a, s, lane) = (int32_t)i;
     }
-    const int64_t at = row_of(a, s, first)[i / a->N] * a->N + i % a->N;
-    a->pos[at] = position;
-    a->exp[at] = expiry;
     return 0;
 }
 

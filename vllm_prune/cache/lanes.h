@@ -50,6 +50,7 @@ static inline void unit_heads(const Store *a, int64_t unit, int64_t *h0, int64_t
 }
 
 int lanes_drop(const Store *a, int64_t s, int64_t layer, int64_t unit, const int32_t *victims, const int32_t *when, int64_t count);
-int lanes_append(const Store *a, int64_t s, int64_t layer, int64_t unit, int32_t position, int32_t expiry, const Tokens *t, int64_t token);
+int lanes_append(const Store *a, int64_t s, int64_t layer, int64_t unit, int32_t start, const int32_t *expiry, int32_t dead_at,
+                 const Tokens *t, int64_t first, int64_t c);
 int lanes_record(const Store *a, int64_t s, int64_t layer, int64_t unit, int32_t key, int32_t expiry);
 #endif

@@ -68,10 +68,15 @@ static void load_row(const Store *a, const Tokens *t, int64_t token, int64_t at,
     for (int64_t x = 0; x < n; x++) out[x] = widen(a, in, x);
 }
 
+static int append_one(const Store *a, int64_t s, int64_t layer, int64_t unit, int32_t position, const Tokens *t, int64_t token) {
+    const int32_t expiry = NEVER;
+    return lanes_append(a, s, layer, unit, position, &expiry, 0, t, token, 1);
+}
+
 int steps_decode_open(const Store *a, int64_t layer, int64_t rows, const int32_t *slots, const int32_t *first, const int32_t *positions, const Tokens *t) {
     for (int64_t i = 0; i < rows; i++)
         for (int64_t unit = 0; unit < a->units; unit++)
-            if (lanes_append(a, slots[i], layer, unit, positions[i], NEVER, t, first[i])) return OUT_OF_PAGES;
+            if (append_one(a, slots[i], layer, unit, positions[i], t, first[i])) return OUT_OF_PAGES;
     return 0;
 }
 
@@ -106,7 +111,7 @@ int steps_decode_by_query(const Store *a, int64_t layer, int64_t rows, const int
             }
         }
         error = lanes_drop(a, s, layer, 0, victims, when, count);
-        if (!error) error = lanes_append(a, s, layer, 0, positions[i], NEVER, t, first[i]);
+        if (!error) error = append_one(a, s, layer, 0, positions[i], t, first[i]);
     }
     free(victims);
     free(kt);
@@ -139,7 +144,7 @@ int steps_decode_delayed(const Store *a, int64_t layer, int64_t rows, const int3
             }
             int error = lanes_drop(a, s, layer, unit, victims, when, count);
             free(victims);
-            if (!error) error = lanes_append(a, s, layer, unit, now, NEVER, t, first[i]);
+            if (!error) error = append_one(a, s, layer, unit, now, t, first[i]);
             if (error) return error;
         }
     return 0;
@@ -221,14 +226,11 @@ int steps_settle_chunk(const Store *a, int64_t s, int64_t layer, int32_t start, 
             }
         int error = lanes_drop(a, s, layer, unit, victims, when, count);
         free(victims);
+        if (!error) error = lanes_append(a, s, layer, unit, start, chunk + unit * c, dead_at, t, first, c);
         for (int64_t i = 0; i < c && !error; i++) {
-            const int32_t e = chunk[unit * c + i];
-            if (e > dead_at) {
-                error = lanes_append(a, s, layer, unit, (int32_t)(start + i), e, t, first + i);
-                continue;
-            }
+            if (chunk[unit * c + i] > dead_at) continue;
             a->dropped[(s * a->L + layer) * a->units + unit]++;
-            error = lanes_record(a, s, layer, unit, (int32_t)(start + i), e);
+            error = lanes_record(a, s, layer, unit, (int32_t)(start + i), chunk[unit * c + i]);
         }
         if (error) return error;
     }
