@@ -297,6 +297,7 @@ def test_other_models_on_another_version(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(compat, "vllm_version", lambda: "0.31.2")
     vllm_logger = logging.getLogger("vllm")
+    caplog.set_level(logging.WARNING, logger="vllm")  # whatever VLLM_LOGGING_LEVEL says
     vllm_logger.addHandler(caplog.handler)  # vLLM's logger does not propagate to the root
     try:
         register()

@@ -52,6 +52,7 @@ class PruneCPUImpl(AttentionImpl):
             "a sliding window": sliding_window is not None,
             "KV sharing between layers": kv_sharing_target_layer_name is not None,
             "attention sinks": kwargs.get("sinks") is not None,
+            "soft-capping of attention logits": bool(logits_soft_cap),
             f"attention type {attn_type}": attn_type != AttentionType.DECODER,
         }
         for what, present in unsupported.items():
@@ -60,7 +61,6 @@ class PruneCPUImpl(AttentionImpl):
         self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, head_size
         self.group = num_heads // num_kv_heads
         self.scale = float(scale)
-        self.softcap = logits_soft_cap or 0.0
         self.kv_cache_dtype = kv_cache_dtype
         self.state: WorkerState | None = None
         self.serving: ServedGate
@@ -195,7 +195,7 @@ class PruneCPUImpl(AttentionImpl):
         ops.cpu_attention_with_kv_cache(
             query=lane_query, key_cache=key_cache, value_cache=value_cache, output=lane_out,
             query_start_loc=plan.starts, seq_lens=plan.lengths, scale=self.scale, causal=True, alibi_slopes=None,
-            sliding_window=-1, block_table=plan.tables, softcap=self.softcap, scheduler_metadata=plan.schedule, s_aux=None,
+            sliding_window=-1, block_table=plan.tables, softcap=0.0, scheduler_metadata=plan.schedule, s_aux=None,
         )  # fmt: skip
         if not plan.direct:
             at = 0

@@ -46,7 +46,7 @@ class DemoOptions:
     new_tokens: int = 128
     out: Path = Path("build/demo")
     chunk_tokens: int = 512
-    repetition_penalty: float = 1.05
+    repetition_penalty: float = 1.2
     repeats: int = 5
 
 

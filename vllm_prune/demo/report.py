@@ -103,7 +103,8 @@ def show(console: Console, report: dict[str, Any]) -> None:
     for key, title in (("with_eviction", "continued with eviction"), ("without_eviction", "continued with open gates")):
         console.print(Panel(Text(report["texts"][key]), title=title, title_align="left", border_style="dim"))
     share, new = report["same_leading_tokens"], report["new_tokens"]
-    console.print(f"The two continuations agree in their first {share} of {new} tokens.\n", style="dim")
+    penalty = report["engine"]["repetition_penalty"]
+    console.print(f"Greedy, repetition penalty {penalty}; the first {share} of {new} tokens are the same.\n", style="dim")
 
     layers = Table(title="What each layer keeps", title_justify="left", title_style="bold")
     for name in ("layer", "kept at the end", "visible over the run", "mean lifetime, tokens"):
