@@ -6,6 +6,7 @@ Runs in the command's own process, which has the tokenizer and draws; the engine
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,7 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
     tokenizer = load_tokenizer(folder)
     source = load_source(tokenizer, options.source, options.prompt_tokens, options.new_tokens)
     evicting, dense = jobs(options, folder, source.prompt)
+    load = os.getloadavg()[0]
     options.out.mkdir(parents=True, exist_ok=True)
     names = [escape(str(path)) for path in (folder, source.path, options.out)]
     console.print(f"[bold]{names[0]}[/] continues [bold]{names[1]}[/] after {len(source.prompt):,} tokens")
@@ -137,7 +139,7 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
         pieces(tokenizer, ids)[: expiry.shape[-1]], expiry, len(source.prompt), method.reveal.value,
         f"What {method.method.upper()} gates forget while reading {source.path.name}",
     )  # fmt: skip
-    result = build_report(options, folder, config, source, data, pruned, open_gates, tokenizer)
+    result = build_report(options, folder, config, source, data, pruned, open_gates, tokenizer, load)
     write(options.out, result, data, pruned, open_gates)
     report.show(console, result)
     console.print(f"\nWritten to [bold]{names[2]}[/]: report.json, map.png, and map.html to open in a browser.")
@@ -145,12 +147,12 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
 
 
 def build_report(options: DemoOptions, folder: Path, config: dict[str, Any], source: SourceText, data: maps.EvictionMap,
-                 pruned: Result, dense: Result, tokenizer: Any) -> dict[str, Any]:  # fmt: skip
+                 pruned: Result, dense: Result, tokenizer: Any, load: float) -> dict[str, Any]:  # fmt: skip
     """report.json. Kept fractions are of keys, over layers and eviction units; blocks as vLLM's pool counted them."""
     layers = data.by_layer()
     fast, slow = report.speeds(pruned, len(source.prompt)), report.speeds(dense, len(source.prompt))
     return {
-        **report.origin(),
+        **report.origin(load),
         "model": report.model_facts(folder, config),
         "source": {"path": str(source.path), "sha256": source.sha256, "held_out": source.held_out},
         "prompt_tokens": len(source.prompt),

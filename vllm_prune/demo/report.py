@@ -49,8 +49,12 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def origin() -> dict[str, Any]:
-    """Command, commit, versions, machine and time of this process."""
+def origin(load: float) -> dict[str, Any]:
+    """Command, commit, versions, machine and time of this process.
+
+    Args:
+        load: average of the machine before the runs began.
+    """
     versions = {"python": platform.python_version(), "vllm_prune": vllm_prune.__version__, "vllm": vllm_version()}
     for name in ("torch", "transformers"):
         try:
@@ -66,7 +70,7 @@ def origin() -> dict[str, Any]:
             "cpu": cpu_model(),
             "cores": os.cpu_count(),
             "threads": os.environ.get("OMP_NUM_THREADS", "1"),
-            "load_average": [round(load, 2) for load in os.getloadavg()],
+            "load_before": round(load, 2),
         },
     }
 
@@ -104,7 +108,8 @@ def show(console: Console, report: dict[str, Any]) -> None:
         console.print(Panel(Text(report["texts"][key]), title=title, title_align="left", border_style="dim"))
     share, new = report["same_leading_tokens"], report["new_tokens"]
     penalty = report["engine"]["repetition_penalty"]
-    console.print(f"Greedy, repetition penalty {penalty}; the first {share} of {new} tokens are the same.\n", style="dim")
+    same = f"the first {share} of {new} tokens are the same"
+    console.print(f"Greedy, repetition penalty {penalty}; {same}.\n", style="dim")
 
     layers = Table(title="What each layer keeps", title_justify="left", title_style="bold")
     for name in ("layer", "kept at the end", "visible over the run", "mean lifetime, tokens"):
@@ -133,3 +138,9 @@ def show(console: Console, report: dict[str, Any]) -> None:
     for phase in ("prefill", "decode"):
         row(f"{phase}, tokens/s", speed["with_eviction"][phase], speed["without_eviction"][phase])
     console.print(table)
+    machine = report["machine"]
+    if machine["load_before"] > 0.5 * machine["cores"]:
+        console.print(
+            f"The machine was busy before (load {machine['load_before']} on {machine['cores']} cores): "
+            "the speeds say little. Blocks and fractions do not depend on it.", style="yellow",
+        )  # fmt: skip
