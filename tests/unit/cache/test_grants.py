@@ -49,7 +49,9 @@ def test_planned_peak(geometry, tokens, chunk, keep):
 
 
 def test_reports_are_merged_by_maximum():
-    merged = report(pages=(10, 11, 12), keep=3, held=5, dropped=9).merge(report(pages=(8, 13, 12), keep=4, held=7, dropped=8))
+    merged = report(pages=(10, 11, 12), keep=3, held=5, dropped=9).merge(
+        report(pages=(8, 13, 12), keep=4, held=7, dropped=8)
+    )
     assert merged.pages == (10, 13, 12) and merged.keep == 4 and merged.held == 7 and merged.dropped == 8
 
 

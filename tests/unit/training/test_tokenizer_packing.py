@@ -19,9 +19,7 @@ from vllm_prune_training.packing import (
 from vllm_prune_training.recall import make_recall
 from vllm_prune_training.tokenizer import train_tokenizer
 
-TEXT = (
-    "def area(width, height):\n    if width < 0:\n\n        raise ValueError(width)\n    return width * 2\n"
-)
+TEXT = "def area(width, height):\n    if width < 0:\n\n        raise ValueError(width)\n    return width * 2\n"
 
 
 @pytest.fixture(scope="module")
