@@ -153,7 +153,7 @@ WORDS = [
     "yarrow",
     "zephyr",
     "zinc",
-]  # noqa: E501
+]
 TABLE_NAMES = ("table", "registry", "codes", "settings", "lookup", "index")
 
 
