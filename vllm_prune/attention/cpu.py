@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 from vllm import _custom_ops as ops
 from vllm import envs
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from vllm_prune.attention.masked import gather_lane
+from vllm_prune.attention.masked import gather_lane, tiled_attention
 from vllm_prune.attention.serving import DelayRule, QueryRule
 from vllm_prune.cache.geometry import cdiv
 from vllm_prune.cache.lane_ops import NEVER, Tokens, check, lib
@@ -25,9 +24,6 @@ if TYPE_CHECKING:
     from vllm_prune.attention.serving import ServedGate
     from vllm_prune.attention.state import PruneAttentionMetadata, Rows, WorkerState
     from vllm_prune.cache.lanes import LaneStore
-
-TILE = 128
-"""Queries of a chunk that attend together where keys expire inside it."""
 
 
 class PruneCPUImpl(AttentionImpl):
@@ -226,42 +222,6 @@ class LanePlan:
         self.lengths = torch.zeros(len(rows) * heads, dtype=torch.int32)
         self.schedule: torch.Tensor | None = None
         self.pointers = (self.slots.ctypes.data, self.tables.data_ptr(), width, self.lengths.data_ptr())
-
-
-def tiled_attention(
-    query: torch.Tensor,
-    past: list[tuple[torch.Tensor, torch.Tensor]],
-    key: torch.Tensor,
-    value: torch.Tensor,
-    past_expiry: torch.Tensor,
-    chunk_expiry: torch.Tensor,
-    start: int,
-    scale: float,
-) -> torch.Tensor:
-    """``masked_attention``, ``TILE`` queries at a time over the keys that some query of the tile still sees: what the
-    gates drop inside a chunk is not computed either. Arguments and result as there."""
-    count, heads = key.shape[:2]
-    group, units = query.shape[1] // heads, past_expiry.shape[0]
-    keys = [torch.cat([past[h][0], key[:, h]]) for h in range(heads)]
-    values = [torch.cat([past[h][1], value[:, h]]) for h in range(heads)]
-    now = torch.arange(start, start + count)
-    lengths = [past[h][0].shape[0] for h in range(units)]
-    expiry = [torch.cat([past_expiry[u, :n], chunk_expiry[u]]) for u, n in enumerate(lengths)]
-    born = [torch.cat([torch.full((n,), -1), now]) for n in lengths]
-    out = torch.empty_like(query)
-    for begin in range(0, count, TILE):
-        end = min(begin + TILE, count)
-        rows = now[begin:end, None]
-        for h in range(heads):
-            if h < units:  # one decision for all heads, or one for each
-                seen = (expiry[h][: lengths[h] + end] > start + begin).nonzero()[:, 0]
-                hidden = (rows >= expiry[h][seen]) | (rows < born[h][seen])
-                mask = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, float("-inf"))
-            q = query[begin:end, h * group : (h + 1) * group].transpose(0, 1)[None]
-            k, v = (x[h][seen].expand(1, group, -1, -1) for x in (keys, values))
-            o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-            out[begin:end, h * group : (h + 1) * group] = o[0].transpose(0, 1)
-    return out
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,17 @@
 """Prefill attention with the expiry mask, CPU: masked SDPA over gathered survivors and the chunk's own keys.
 
-FlashAttention-like kernels know causal masks only; inside a chunk each key has its own last query. Letters: C tokens of
-the chunk, P live keys of the past, H KV heads, G query heads a KV head, D head size, E eviction units (1 or H).
+``tiled_attention`` is what serves, ``masked_attention`` its naive twin. FlashAttention-like kernels know causal masks only;
+inside a chunk each key has its own last query. Letters: C tokens of the chunk, P live keys of the past, H KV heads, G query
+heads a KV head, D head size, E eviction units (1 or H).
 """
 
 from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
+
+TILE = 128
+"""Queries of a chunk that attend together where keys expire inside it."""
 
 
 def gather_lane(
@@ -72,4 +76,40 @@ def masked_attention(
         q = query[:, h * group : (h + 1) * group].transpose(0, 1)[None]
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         out[:, h * group : (h + 1) * group] = o[0].transpose(0, 1)
+    return out
+
+
+def tiled_attention(
+    query: torch.Tensor,
+    past: list[tuple[torch.Tensor, torch.Tensor]],
+    key: torch.Tensor,
+    value: torch.Tensor,
+    past_expiry: torch.Tensor,
+    chunk_expiry: torch.Tensor,
+    start: int,
+    scale: float,
+) -> torch.Tensor:
+    """``masked_attention``, ``TILE`` queries at a time over the keys that some query of the tile still sees: what the
+    gates drop inside a chunk is not computed either. Arguments and result as there."""
+    count, heads = key.shape[:2]
+    group, units = query.shape[1] // heads, past_expiry.shape[0]
+    keys = [torch.cat([past[h][0], key[:, h]]) for h in range(heads)]
+    values = [torch.cat([past[h][1], value[:, h]]) for h in range(heads)]
+    now = torch.arange(start, start + count)
+    lengths = [past[h][0].shape[0] for h in range(units)]
+    expiry = [torch.cat([past_expiry[u, :n], chunk_expiry[u]]) for u, n in enumerate(lengths)]
+    born = [torch.cat([torch.full((n,), -1), now]) for n in lengths]
+    out = torch.empty_like(query)
+    for begin in range(0, count, TILE):
+        end = min(begin + TILE, count)
+        rows = now[begin:end, None]
+        for h in range(heads):
+            if h < units:  # one decision for all heads, or one for each
+                seen = (expiry[h][: lengths[h] + end] > start + begin).nonzero()[:, 0]
+                hidden = (rows >= expiry[h][seen]) | (rows < born[h][seen])
+                mask = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, float("-inf"))
+            q = query[begin:end, h * group : (h + 1) * group].transpose(0, 1)[None]
+            k, v = (x[h][seen].expand(1, group, -1, -1) for x in (keys, values))
+            o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+            out[begin:end, h * group : (h + 1) * group] = o[0].transpose(0, 1)
     return out
