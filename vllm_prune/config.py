@@ -19,7 +19,6 @@ from vllm_prune.gates import GATES, Gate, GateShape, Protection
 SECTION = "drop_gate"
 GATE_FILE = "drop_gate.safetensors"
 TENSOR_PREFIX = "drop_gate.layers"
-FORMAT_VERSION = 1
 MAX_STRENGTH = 16.0
 MAX_TOKENS = 2**30
 """Bound of every count of tokens: positions plus a delay must fit int32."""

@@ -6,7 +6,6 @@ import argparse
 import json
 import platform
 import shlex
-import subprocess
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -20,12 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from vllm_prune_training.base import BaseSettings, train_base
 from vllm_prune_training.evaluate import held_out_perplexity, recall_accuracy
 from vllm_prune_training.packing import build_corpus
-
-
-def git_commit() -> str:
-    """The checked-out commit, or ``unknown``."""
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
+from vllm_prune_training.provenance import git_commit
 
 
 def main() -> None:

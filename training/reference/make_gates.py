@@ -7,7 +7,6 @@ import json
 import platform
 import shlex
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -23,12 +22,7 @@ from vllm_prune_training.gate_export import measure, readme, set_expected_keep, 
 from vllm_prune_training.gate_objectives import reference_settings
 from vllm_prune_training.gate_training import train_gates
 from vllm_prune_training.packing import load_corpus
-
-
-def git_commit() -> str:
-    """The checked-out commit, or ``unknown``."""
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
+from vllm_prune_training.provenance import git_commit
 
 
 def main() -> None:

@@ -57,7 +57,6 @@ class PruneCPUImpl(AttentionImpl):
         self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, head_size
         self.group = num_heads // num_kv_heads
         self.scale = float(scale)
-        self.kv_cache_dtype = kv_cache_dtype
         self.state: WorkerState | None = None
         self.serving: ServedGate
         self.tokens = Tokens()

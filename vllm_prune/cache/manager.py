@@ -88,5 +88,5 @@ class PruneManager(SingleTypeKVCacheManager):
     @classmethod
     def find_longest_cache_hit(cls, block_hashes: Any, max_length: int, kv_cache_group_ids: list[int],
                                block_pool: BlockPool, *args: Any, **kwargs: Any) -> tuple[tuple[list, ...], int]:  # fmt: skip
-        """Prefix caching is refused at start for gated models, so there is never a hit."""
+        """Prefix caching is switched off for gated models, so there is never a hit."""
         return tuple([] for _ in kv_cache_group_ids), 0
