@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vllm_prune_training.base import BaseSettings, train_base
-from vllm_prune_training.evaluate import held_out_perplexity, recall_accuracy
+from vllm_prune_training.evaluate import held_out_perplexity, recall_accuracy, task_accuracy
 from vllm_prune_training.packing import build_corpus
 from vllm_prune_training.provenance import git_commit
 
@@ -32,6 +32,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=BaseSettings.seed)
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
     parser.add_argument("--save-seconds", type=float, default=BaseSettings.save_seconds)
+    parser.add_argument("--start", type=Path, help="folder of a model to go on from (default: random weights)")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=JSON", help="overrides of BaseSettings")
     parser.add_argument("--no-compile", action="store_true", help="do not use torch.compile")
     options = parser.parse_args()
     if options.threads:
@@ -46,6 +48,8 @@ def main() -> None:
         seed=options.seed,
         compile=not options.no_compile,
         save_seconds=options.save_seconds,
+        start=str(options.start) if options.start else None,
+        **{name: json.loads(value) for name, _, value in (item.partition("=") for item in options.set)},
     )
     model, training = train_base(corpus, work, settings)
 
@@ -68,6 +72,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "held_out_ppl": {str(n): held_out_perplexity(model, corpus, n, 65536 // n) for n in (512, 1024, 4096)},
         "recall_accuracy": recall_accuracy(model, corpus),
+        "task_accuracy": task_accuracy(model, corpus, settings.names),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "corpus": corpus.record,
     }

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from .evaluate import held_out_perplexity, recall_accuracy
+from .evaluate import held_out_perplexity, recall_accuracy, task_accuracy
 from .optim import Clock, MuonAdamW, timed_schedule
 from .packing import Corpus, MixedWindows, TimedBatches, first
 
@@ -29,7 +29,10 @@ PHASES = ((0.70, 512), (0.82, 1024), (0.90, 2048), (1.0, 4096))
 
 @dataclass(frozen=True)
 class BaseSettings:
-    """Settings of the base run; the learning rates are those at the top of the schedule."""
+    """Settings of the base run; the learning rates are those at the top of the schedule.
+
+    ``names``: of the synthetic tasks (``tasks.TASKS`` and ``tasks.RECALL``); ``start``: folder of a model to go on from.
+    """
 
     minutes: float = 50.0
     batch_tokens: int = 4096
@@ -41,6 +44,8 @@ class BaseSettings:
     compile: bool = True
     seed: int = 1
     phases: tuple[tuple[float, int], ...] = PHASES
+    names: tuple[str, ...] = ()
+    start: str | None = None
 
 
 def base_config(corpus: Corpus) -> Qwen3Config:
@@ -135,7 +140,8 @@ class TimedRun(TrainerCallback):
         if self.clock.progress() < 1.0:
             self.write({"step": state.global_step, "tokens": self.trainer.tokens_seen,
                         "held_out_ppl_1024": held_out_perplexity(self.trainer.model, self.corpus, 1024, 32),
-                        "recall": recall_accuracy(self.trainer.model, self.corpus, (256, 512), 8),
+                        "recall": recall_accuracy(self.trainer.model, self.corpus, (512,), 4),
+                        "tasks": task_accuracy(self.trainer.model, self.corpus, self.settings.names, (1024, 4096), 6),
                         })  # fmt: skip
 
 
@@ -143,12 +149,15 @@ def train_base(corpus: Corpus, work: Path, settings: BaseSettings) -> tuple[Qwen
     """Trains (or continues) the base model with checkpoints in ``work``; returns the model and a record."""
     last = get_last_checkpoint(str(work)) if work.exists() else None
     before = json.loads((Path(last) / "clock.json").read_text()) if last else {}
-    model = make_model(base_config(corpus), settings.seed)
+    if settings.start:
+        model = Qwen3ForCausalLM.from_pretrained(settings.start, dtype=torch.float32)
+    else:
+        model = make_model(base_config(corpus), settings.seed)
     clock = Clock(settings.minutes * 60, before.get("elapsed", 0.0))
     optimizer = MuonAdamW(model, settings.muon_lr, settings.adam_lr)
     batches = TimedBatches(
         lambda length: MixedWindows(
-            corpus, length, 2**62, seed=settings.seed, recall_share=settings.recall_share
+            corpus, length, 2**62, seed=settings.seed, recall_share=settings.recall_share, names=settings.names
         ),
         settings.phases, clock.progress, settings.batch_tokens, before.get("step", 0),
     )  # fmt: skip
@@ -157,7 +166,7 @@ def train_base(corpus: Corpus, work: Path, settings: BaseSettings) -> tuple[Qwen
     arguments = TrainingArguments(
         output_dir=str(work), max_steps=1_000_000, per_device_train_batch_size=1,
         learning_rate=settings.muon_lr,
-        save_strategy="no", save_total_limit=2, logging_steps=50, disable_tqdm=True, report_to=[],
+        save_strategy="no", save_total_limit=2, logging_steps=10, disable_tqdm=True, report_to=[],
         remove_unused_columns=False, ignore_data_skip=True, max_grad_norm=1.0, seed=settings.seed,
         use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False,
     )  # fmt: skip

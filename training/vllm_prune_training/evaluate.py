@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import recall
+from . import recall, tasks
 from .packing import Corpus, encode_recall, held_out_blocks, line_counter
 
 
@@ -71,5 +71,42 @@ def recall_accuracy(
                 number += len(spans)
             row[str(length)] = right / max(1, number)
         result[kind] = row
+    model.train(training)
+    return result
+
+
+@torch.no_grad()
+def task_accuracy(
+    model: nn.Module,
+    corpus: Corpus,
+    names: Sequence[str],
+    lengths: Sequence[int] = (1024, 4096),
+    samples: int = 16,
+    *,
+    seed: int = 20_000_003,
+) -> dict[str, dict[str, float]]:
+    """Share of answers whose tokens are all greedy (teacher forced), by task and by length T: one question, asked after
+    the whole context."""
+    training = model.training
+    model.eval()
+    filler = corpus.filler("held_out")
+    count = tasks.counter(corpus.tokenizer)
+    result: dict[str, dict[str, float]] = {}
+    for name in names:
+        if name not in tasks.TASKS:
+            continue
+        row: dict[str, float] = {}
+        for length in lengths:
+            right, number = 0, 0
+            for i in range(samples):
+                ids, spans = tasks.make_sample(
+                    corpus.tokenizer, [name], length - 8, seed + 1000 * length + i, filler=filler, count=count, questions=1
+                )
+                ids = [corpus.tokenizer.bos_token_id, *ids]
+                best = _logits(model, torch.tensor([ids]))[0].argmax(-1).tolist()
+                right += sum(all(best[at] == ids[at + 1] for at in span) for span in spans)
+                number += len(spans)
+            row[str(length)] = right / max(1, number)
+        result[name] = row
     model.train(training)
     return result

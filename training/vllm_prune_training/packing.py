@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from . import data, recall
+from . import data, recall, tasks
 from .tokenizer import train_tokenizer
 
 Sample = dict[str, torch.Tensor]
@@ -92,8 +92,7 @@ def write_tokens(path: Path, texts: Sequence[str], tokenizer: PreTrainedTokenize
 
 def line_counter(tokenizer: PreTrainedTokenizerBase) -> recall.Count:
     """Counts the tokens of one line with the tokenizer, for ``recall.make_recall``."""
-    backend = tokenizer.backend_tokenizer
-    return lambda line: len(backend.encode(line, add_special_tokens=False).ids)
+    return tasks.counter(tokenizer)
 
 
 def encode_recall(task: recall.Recall, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[range]]:
@@ -112,6 +111,8 @@ def encode_recall(task: recall.Recall, tokenizer: PreTrainedTokenizerBase) -> tu
 class MixedWindows(Dataset[Sample]):
     """Sequences of length T: windows of code with a share of recall tasks, deterministic by (seed, index).
 
+    ``names``: of the tasks (``tasks.make_sample``); without them, the recall tasks of ``recall.make_recall``.
+
     Each item: ``input_ids`` int64 [T], starting with bos; ``answer_mask`` bool [T], the tokens of recall
     answers; ``is_recall`` bool [].
     """
@@ -126,12 +127,14 @@ class MixedWindows(Dataset[Sample]):
         seed: int = 0,
         recall_share: float = 0.15,
         chat_share: float = 0.1,
+        names: Sequence[str] = (),
     ) -> None:
         self.corpus, self.length, self.size, self.seed = corpus, length, size, seed
         self.recall_share, self.chat_share = recall_share, chat_share
         self.tokens = corpus.tokens(split)
         self.filler = corpus.filler(split)
-        self.count = line_counter(corpus.tokenizer)
+        self.count = tasks.counter(corpus.tokenizer)
+        self.names = names
 
     def __len__(self) -> int:
         return self.size
@@ -148,6 +151,16 @@ class MixedWindows(Dataset[Sample]):
         at = 0
         while self.length - at >= 96:
             budget = min(largest, self.length - at) - 8
+            if self.names and budget >= 128:
+                encoded, spans = tasks.make_sample(
+                    tokenizer, self.names, budget, int(rng.integers(2**62)), filler=self.filler, count=self.count
+                )
+                encoded = [tokenizer.bos_token_id, *encoded, tokenizer.eos_token_id][: self.length - at]
+                ids[at : at + len(encoded)] = encoded
+                for span in spans:
+                    mask[at + 1 + span.start : at + 1 + span.stop] = True
+                at += len(encoded)
+                continue
             task = recall.make_recall(int(rng.integers(2**62)), budget, self.filler, count=self.count)
             if rng.random() < self.chat_share:
                 task = recall.as_chat(task)
