@@ -100,7 +100,13 @@ def task_accuracy(
             right, number = 0, 0
             for i in range(samples):
                 ids, spans = tasks.make_sample(
-                    corpus.tokenizer, [name], length - 8, seed + 1000 * length + i, filler=filler, count=count, questions=1
+                    corpus.tokenizer,
+                    [name],
+                    length - 8,
+                    seed + 1000 * length + i,
+                    filler=filler,
+                    count=count,
+                    questions=1,
                 )
                 ids = [corpus.tokenizer.bos_token_id, *ids]
                 best = _logits(model, torch.tensor([ids]))[0].argmax(-1).tolist()

@@ -24,8 +24,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from vllm_prune.config import DropGateConfig, find_gate_file, load_gates, parse_drop_gate
 from vllm_prune.gates import Gate, expiry_mask
 
+from . import lean
+
 ATTENTION = "vllm_prune_masked"
 Mode = Literal["soft", "hard", "open"]
+Visibility = Literal["lean", "naive"]
 Perturb = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -37,7 +40,7 @@ class GatedOutput:
         logits: [B, T, V] ([T, V] for unbatched input).
         hidden: [B, T, D_model], output of the final norm.
         features: [B, T, F] a layer, as scored (soft and hard mode).
-        log_visibility: float32 [B, E, T, T] a layer (soft mode, where collected).
+        log_visibility: float32 [B, E, T, T] a layer (soft mode, naive visibility, where collected).
         kept: float32 scalar a layer (soft mode): mean visibility over past pairs, j < n only.
         expiry: int64 [B, L, E, T], or [L, E, T] for unbatched input (hard mode).
     """
@@ -52,10 +55,20 @@ class GatedOutput:
 
 @dataclass
 class _LayerCall:
-    """What one layer's hook hands to its attention: at most one of a bias and a mask, both [B, E, T, T]."""
+    """What one layer's hook hands to its attention: at most one of a bias [B, E, T, T], a mask [B, E, T, T], and the
+    inputs [B, T, F'] of lean attention, which hands back what it kept."""
 
     bias: torch.Tensor | None = None
     mask: torch.Tensor | None = None
+    inputs: torch.Tensor | None = None
+    gate: int = 0
+    rows: int = lean.ROWS
+    soft: dict[str, Any] = field(default_factory=dict)
+    kept: torch.Tensor | None = None
+
+    def clear(self) -> None:
+        """Forget the tensors of the last call."""
+        self.bias = self.mask = self.inputs = self.kept = None
 
 
 def attend(
@@ -111,6 +124,15 @@ def _attention(
     """The attention function of gated models, in the interface of ``ALL_ATTENTION_FUNCTIONS``."""
     call: _LayerCall = module.prune_call  # type: ignore[assignment]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if call.inputs is not None:
+        dtype = value.dtype
+        if torch.is_autocast_enabled(query.device.type):
+            dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        out, call.kept = lean.lean_attention(
+            query, key, value, call.inputs, call.gate, scale, call.soft, call.rows
+        )  # fmt: skip
+        return out, None
     if call.bias is not None:
         return attend(query, key, value, scale, call.bias), None
     return attend_masked(query, key, value, scale, call.mask), None
@@ -126,6 +148,9 @@ class GatedModel(nn.Module):
         model: any Hugging Face causal LM whose decoder layers have a ``self_attn`` that uses the attention interface.
         gates: one a layer.
         section: strength, protection and dtype are honoured in hard mode.
+        visibility: how soft mode applies visibility: ``lean`` in blocks of query rows that are recomputed in the backward
+            pass, ``naive`` as a bias [B, E, T, T], which can be collected.
+        rows: query rows of a block of lean visibility.
         cache_dtype: features are rounded to it before they are scored, as the server's KV cache does; default is
             the model's own dtype.
     """
@@ -136,14 +161,19 @@ class GatedModel(nn.Module):
         gates: Sequence[Gate],
         section: DropGateConfig,
         cache_dtype: torch.dtype | None = None,
+        visibility: Visibility = "lean",
+        rows: int = lean.ROWS,
     ) -> None:
         super().__init__()
+        if visibility not in ("lean", "naive") or rows < 1:
+            raise ValueError(f"visibility must be 'lean' or 'naive' and rows >= 1, got {visibility!r} and {rows}")
+        self.visibility = visibility
         layers = model.get_decoder().layers
         if not len(layers) == len(gates) == section.num_layers:
             raise ValueError(f"{len(layers)} layers, {len(gates)} gates, section of {section.num_layers} layers")
         self.model, self.gates, self.section = model, nn.ModuleList(gates), section
         self.cache_dtype = cache_dtype or model.dtype
-        self.calls = [_LayerCall() for _ in layers]
+        self.calls = [_LayerCall(gate=lean.register(gate), rows=rows) for gate in gates]
         self._mode: Mode = "open"
         self._soft: dict[str, Any] = {}
         self._perturb: Perturb | None = None
@@ -165,14 +195,13 @@ class GatedModel(nn.Module):
     def features(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         """What the server would score: the gate's output of x [B, T, D_model], rounded to the cache's dtype."""
         gate = self.gates[layer]
-        dtype = next(gate.parameters()).dtype
+        dtype = next(gate.parameters(), x).dtype  # a window has no parameters
         with torch.autocast(x.device.type, enabled=False):
             return gate(x.to(dtype)).to(self.cache_dtype)
 
     def _hook(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def take(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            call = self.calls[index]
-            call.bias = call.mask = None
+            self.calls[index].clear()
             if self._mode != "open":
                 self._gate(index, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
 
@@ -188,11 +217,21 @@ class GatedModel(nn.Module):
         else:
             if self._perturb is not None:
                 features = self._perturb(features)
+            if self.visibility == "lean":
+                call.inputs, call.soft = gate.soft_inputs(features), self._soft
+                self._features.append(features)
+                return
             found = call.bias = gate.log_visibility(features, **self._soft)
             self._kept.append(past_mean(found))
         self._features.append(features)
         if self._collect:
             self._found.append(found)
+
+    def _kept_by_attention(self) -> list[torch.Tensor]:
+        kept = [call.kept for call in self.calls]
+        if any(x is None for x in kept):
+            raise RuntimeError("a layer ran without the attention function of gated models")
+        return kept  # type: ignore[return-value]
 
     def forward(
         self,
@@ -212,7 +251,7 @@ class GatedModel(nn.Module):
             mode: soft bias, hard expiry mask, or open (the base model).
             strength: replaces the section's in hard mode.
             perturb: applied to the features in soft mode (noise).
-            collect: whether to return log visibility (large) or expiries.
+            collect: whether to return log visibility (large; naive only) or expiries.
             body: replaces the decoder's forward (a compiled one).
             soft: the gate's temperature, e.g. ``alpha=4.0`` or ``tau=0.1``.
         """
@@ -225,12 +264,12 @@ class GatedModel(nn.Module):
             hidden = run(input_ids=batch, use_cache=False).last_hidden_state
             out = GatedOutput(self.model.get_output_embeddings()(hidden), hidden, self._features)
             if mode == "soft":
-                out.log_visibility, out.kept = self._found, self._kept
+                out.log_visibility, out.kept = self._found, self._kept or self._kept_by_attention()
             elif mode == "hard" and collect:
                 out.expiry = torch.stack(self._found, dim=1)
         finally:
             for call in self.calls:
-                call.bias = call.mask = None
+                call.clear()
             self._features, self._found, self._kept = [], [], []
             self._mode = "open"
         if input_ids.ndim == 1:

@@ -147,16 +147,17 @@ def _needles(
         if neutral
         else f"Some special {kind}s are hidden in the following text. Remember them, there will be questions.\n"
     )
-    first = [needle() for _ in range(needles if haystack == "needles" else max(needles, questions))]
-    sample = item(first[0][0], first[0][1], 0.0)
-    per_question = count(sample.question + sample.answer_prefix + f" {first[0][1]}.\n") + 2
-    left = tokens - count(head) - questions * per_question - sum(count(line) for _, _, line in first)
+    first = [needle() for _ in range(max(needles, questions))]
+    asked = first[:questions]
+    asking = [item(key, value, 0.0) for key, value, _ in asked]
+    left = tokens - count(head) - sum(count(line) for _, _, line in first)
+    left -= sum(count(i.question) + count(i.answer_prefix) + count(f" {i.references[0]}.\n") for i in asking)
     if haystack == "needles":
         while left > 0:
-            first.append(needle())
-            left -= count(first[-1][2])
-        if left < 0 and len(first) > 1:
-            first.pop()
+            more = needle()
+            left -= count(more[2])
+            if left >= 0:
+                first.append(more)
         rng.shuffle(first)
         lines = [line for _, _, line in first]
         depths = [i / max(1, len(lines) - 1) for i in range(len(lines))]
@@ -170,8 +171,8 @@ def _needles(
             if left >= 0:
                 fill.append(line)
         lines, depths = _spread(rng, fill, [line for _, _, line in first])
-    order = rng.sample(range(len(first)), min(len(first), questions))
-    items = tuple(item(first[i][0], first[i][1], depths[i]) for i in order)
+    where = {key: depth for (key, _, _), depth in zip(first, depths, strict=True)}
+    items = tuple(item(key, value, where[key]) for key, value, _ in asked)
     return Haystack(name, head + "".join(lines), items, 96 if uuids else 32)
 
 
