@@ -11,6 +11,7 @@ import random
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ..recall import WORDS
 
@@ -180,7 +181,7 @@ def _chain(words: _Words, hops: int) -> tuple[list[str], list[str], str]:
     """Assignment lines of one chain, its names, its value."""
     value, names = words.number(5), [words.name() for _ in range(hops + 1)]
     lines = [f"VAR {names[0]} = {value}\n"]
-    lines += [f"VAR {b} = VAR {a}\n" for a, b in zip(names, names[1:], strict=False)]
+    lines += [f"VAR {b} = VAR {a}\n" for a, b in pairwise(names)]
     return lines, names, value
 
 
