@@ -121,4 +121,6 @@ GOLDEN = {
     "niah_multikey_3": "56aeff013ed2",
     "variable_tracking": "8771f4e8f236",
     "frequent_words": "6db1ba220881",
+    "delayed_need": "b04f3d1030e8",
+    "instructions": "fe7dcb511000",
 }

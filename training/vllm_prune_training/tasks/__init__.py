@@ -9,14 +9,25 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from .. import recall
-from .ruler import RULER, Count, Haystack, Item, Task, make_haystack
+from .delayed import DELAYED
+from .instructions import INSTRUCTIONS
+from .ruler import RULER, Count, Haystack, Item, Task
+from .ruler import make_haystack as _make_haystack
 
 RECALL: tuple[recall.Kind, ...] = ("lookup", "variables")
-TASKS = (*RULER,)
+GENERATORS = {**RULER, **DELAYED, **INSTRUCTIONS}
+TASKS = (*GENERATORS,)
 """Names that ``make_task`` knows."""
 
 __all__ = ["RECALL", "TASKS", "Count", "Haystack", "Item", "Task", "counter", "make_haystack", "make_sample",
            "make_task", "score"]  # fmt: skip
+
+
+def make_haystack(name: str, seed: int, tokens: int, count: Count, *, neutral: bool = False, questions: int = 1,
+                  filler: Sequence[str] = ()) -> Haystack:  # fmt: skip
+    """``ruler.make_haystack`` over every task of ``TASKS``."""
+    return _make_haystack(name, seed, tokens, count, neutral=neutral, questions=questions, filler=filler,
+                          generators=GENERATORS)  # fmt: skip
 
 
 def make_task(

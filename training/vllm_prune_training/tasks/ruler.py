@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -262,25 +262,27 @@ def make_haystack(
     neutral: bool = False,
     questions: int = 1,
     filler: Sequence[str] = (),
+    generators: Mapping[str, Callable[..., Haystack]] = RULER,
 ) -> Haystack:
     """A context with up to ``questions`` questions that together take about ``tokens`` tokens (at most, as ``count``
     measures lines one by one).
 
     Args:
-        name: a key of ``RULER``.
+        name: a key of ``generators``.
         seed: everything follows from it and the name.
         tokens: of context, questions and answers.
         count: tokens of a string.
         neutral: a preface that does not tell what will be asked.
         questions: about this context, where the task has several to ask.
         filler: lines for haystacks of real text; without them these fall back to noise sentences.
+        generators: by name.
 
     Raises:
         ValueError: no such task, or ``tokens`` too small for it.
     """
-    if name not in RULER:
-        raise ValueError(f"unknown task {name!r}: known are {', '.join(RULER)}")
+    if name not in generators:
+        raise ValueError(f"unknown task {name!r}: known are {', '.join(generators)}")
     if tokens < 128:
         raise ValueError(f"{name} needs at least 128 tokens, got {tokens}")
     rng = random.Random(f"{name}:{seed}")
-    return RULER[name](name, rng, tokens, count, filler, neutral, questions)
+    return generators[name](name, rng, tokens, count, filler, neutral, questions)
