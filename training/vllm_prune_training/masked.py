@@ -25,6 +25,7 @@ from vllm_prune.config import DropGateConfig, find_gate_file, load_gates, parse_
 from vllm_prune.gates import Gate, expiry_mask
 
 from . import lean
+from .families import attention_modules
 
 ATTENTION = "vllm_prune_masked"
 Mode = Literal["soft", "hard", "open"]
@@ -145,7 +146,7 @@ class GatedModel(nn.Module):
     """A causal decoder with one gate a layer.
 
     Args:
-        model: any Hugging Face causal LM whose decoder layers have a ``self_attn`` that uses the attention interface.
+        model: any Hugging Face causal LM that uses the attention interface (``families.attention_modules``).
         gates: one a layer.
         section: strength, protection and dtype are honoured in hard mode.
         visibility: how soft mode applies visibility: ``lean`` in blocks of query rows that are recomputed in the backward
@@ -168,7 +169,7 @@ class GatedModel(nn.Module):
         if visibility not in ("lean", "naive") or rows < 1:
             raise ValueError(f"visibility must be 'lean' or 'naive' and rows >= 1, got {visibility!r} and {rows}")
         self.visibility = visibility
-        layers = model.get_decoder().layers
+        layers = attention_modules(model)
         if not len(layers) == len(gates) == section.num_layers:
             raise ValueError(f"{len(layers)} layers, {len(gates)} gates, section of {section.num_layers} layers")
         self.model, self.gates, self.section = model, nn.ModuleList(gates), section
@@ -184,8 +185,8 @@ class GatedModel(nn.Module):
         self._collect = True
         model.set_attn_implementation(ATTENTION)
         for index, layer in enumerate(layers):
-            object.__setattr__(layer.self_attn, "prune_call", self.calls[index])
-            layer.self_attn.register_forward_pre_hook(self._hook(index), with_kwargs=True)
+            object.__setattr__(layer, "prune_call", self.calls[index])
+            layer.register_forward_pre_hook(self._hook(index), with_kwargs=True)
 
     @property
     def config(self) -> Any:

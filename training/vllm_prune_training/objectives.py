@@ -1,0 +1,212 @@
+"""The trained module: a base model with its gates, whose forward returns the loss of the recipe.
+
+DCP (arXiv 2305.15805, section 3): losses + gamma * mean visibility over past pairs, j < n. The paper's mean runs over
+the square with its constant half, so its term has a floor near gamma/2 and ours has none. DMS (arXiv 2506.05345): losses
++ budget_weight * mean over sequences of max(target - closed fraction, 0), the closed fraction straight-through and
+averaged over heads, layers and positions, the logits with logistic noise.
+
+KL directions: ``kl_forward`` is KL(teacher || student), ``kl_reverse`` KL(student || teacher).
+
+Dimension letters: B batch, T tokens, V vocabulary, H KV heads, L layers, F features a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from .masked import GatedModel, GatedOutput, Perturb
+from .recipe import Recipe
+
+ROWS = 4096
+"""Logits [., V] in float32 are held for this many tokens at a time."""
+
+
+def logistic_noise(logits: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """A logistic variable, the difference of two Gumbel variables, float32 of the shape of ``logits``."""
+    u = torch.rand(logits.shape, generator=generator, dtype=torch.float32, device=logits.device)
+    u = u.clamp(1e-6, 1.0 - 1e-6)
+    return torch.log(u) - torch.log1p(-u)
+
+
+def row_noise(keys: torch.Tensor, seed: int, layers: int, tokens: int, features: int) -> Iterator[torch.Tensor]:
+    """Noise [B, T, F] a layer that follows from (seed, row) alone: the same on any number of processes, and after a resume.
+
+    Args:
+        keys: int64 [B], the rows' numbers in the run.
+    """
+    device = keys.device
+    makers = [torch.Generator(device).manual_seed((seed * 2_654_435_761 + key) % 2**62) for key in keys.tolist()]
+    shape = torch.empty(tokens, features, device=device)
+    whole = [torch.stack([logistic_noise(shape, maker) for maker in makers]) for _ in range(layers)]
+    return iter(whole)
+
+
+def token_losses(
+    logits: torch.Tensor, ids: torch.Tensor, teacher: torch.Tensor | None, weights: dict[str, float]
+) -> dict[str, torch.Tensor]:
+    """Losses of predicting each token but the first.
+
+    Args:
+        logits: [B, T, V]; ids: int64 [B, T]; teacher: [B, T, V] where a KL weight is above 0.
+        weights: ``next_token``, ``kl_forward``, ``kl_reverse``. The cross-entropy is always there, without a gradient
+            when its weight is 0.
+
+    Returns:
+        float32 [B, T - 1] for each name with a weight, and ``next_token``.
+    """
+    wanted = [name for name, weight in weights.items() if weight > 0.0]
+
+    def part(student: torch.Tensor, target: torch.Tensor, taught: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        log_q = F.log_softmax(student.float(), dim=-1)
+        out = {"next_token": F.nll_loss(log_q, target, reduction="none")}
+        if taught is not None:
+            log_p = F.log_softmax(taught.float(), dim=-1)
+            if "kl_forward" in wanted:
+                out["kl_forward"] = (log_p.exp() * (log_p - log_q)).sum(-1)
+            if "kl_reverse" in wanted:
+                out["kl_reverse"] = (log_q.exp() * (log_q - log_p)).sum(-1)
+        return tuple(out[name] for name in names)
+
+    names = ["next_token", *(name for name in wanted if name != "next_token")]
+    b, t = ids.shape
+    student, target = logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    taught = None if teacher is None else teacher[:, :-1].flatten(0, 1)
+    pieces = []
+    for at in range(0, len(target), ROWS):
+        args = (student[at : at + ROWS], target[at : at + ROWS], None if taught is None else taught[at : at + ROWS])
+        # Several copies of [., V] in float32: for large vocabularies they are made again in the backward pass.
+        again = len(target) > ROWS and student.requires_grad
+        pieces.append(torch.utils.checkpoint.checkpoint(part, *args, use_reentrant=False) if again else part(*args))
+    return {name: torch.cat([piece[i] for piece in pieces]).view(b, t - 1) for i, name in enumerate(names)}
+
+
+def square_mean(kept: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The paper's mean of visibility over the T x T square, from the mean over past pairs: its ones are constant."""
+    past = tokens * (tokens - 1) / 2
+    return (kept * past + tokens * (tokens + 1) / 2) / tokens**2
+
+
+class TrainedModel(nn.Module):
+    """What the Trainer sees: one module with the base and the gates in it.
+
+    Args:
+        recipe: of the run.
+        model: the base.
+        gated: the same base in a ``GatedModel``; None for dense training.
+        teacher: the dense teacher, frozen; it is no submodule, so that it is neither trained nor saved.
+        body: replaces the decoder's forward (a compiled one).
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: PreTrainedModel,
+        gated: GatedModel | None,
+        teacher: PreTrainedModel | None = None,
+        body: Callable[..., Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.recipe, self.method = recipe, recipe.gate.method
+        self.weights = recipe.objective.weights(self.method)
+        if gated is None:
+            self.base = model
+        else:
+            self.gated = gated
+        object.__setattr__(self, "teacher", teacher)
+        object.__setattr__(self, "body", body)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The base model."""
+        return self.gated.model if self.method != "none" else self.base
+
+    @property
+    def config(self) -> Any:
+        """The base model's configuration."""
+        return self.model.config
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The precision of the recipe."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.training.precision == "bf16")
+
+    def soft(self, ids: torch.Tensor, alpha: torch.Tensor | None, keys: torch.Tensor | None) -> GatedOutput:
+        """A soft-gated forward pass over ids [B, T], at alpha (DCP), with noise for rows ``keys`` (DMS)."""
+        knobs: dict[str, Any] = {}
+        perturb: Perturb | None = None
+        if self.method == "dcp":
+            knobs["alpha"] = alpha
+        elif self.method == "dms":
+            knobs["tau"] = self.recipe.objective.tau
+            if keys is not None:
+                gates = self.gated.gates
+                noise = row_noise(keys, self.recipe.training.seed, len(gates), ids.shape[1], gates[0].num_features)
+                perturb = lambda logits: logits.float() + next(noise)  # noqa: E731
+        else:
+            protect = self.recipe.gate.protect
+            knobs.update(sinks=protect.sinks, window=protect.window)
+        return self.gated(ids, "soft", perturb=perturb, collect=False, body=self.body, **knobs)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        loss_weight: torch.Tensor,
+        weight_total: torch.Tensor,
+        row_key: torch.Tensor,
+        knobs: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """The loss of some rows of a step.
+
+        Args:
+            input_ids: int64 [B, T].
+            loss_weight: float32 [B, T], of predicting that token.
+            weight_total: float32 [B], the sum of weights of the whole step, over all its rows.
+            row_key: int64 [B], numbers of the rows in the run.
+            knobs: float32 [3]: alpha, gamma, target of the closed fraction; what a method has not is not read.
+
+        Returns:
+            ``text_loss``: the losses' share of the step's weighted mean (sums over rows add up to the mean);
+            ``budget``: what is added to it, a mean over these rows; and without a gradient the sums ``next_token`` and
+            KLs like ``text_loss``, and the means ``kept`` (over past pairs) and ``closed``.
+        """
+        with self.autocast(input_ids.device):
+            out: Any
+            if self.method == "none":
+                run = self.body or self.model.get_decoder()
+                hidden = run(input_ids=input_ids, use_cache=False).last_hidden_state
+                logits = self.model.get_output_embeddings()(hidden)
+            else:
+                out = self.soft(input_ids, knobs[0], row_key)
+                logits = out.logits
+        taught = None
+        if self.teacher is not None:
+            with torch.no_grad(), self.autocast(input_ids.device):
+                taught = self.teacher(input_ids=input_ids, use_cache=False).logits
+        share = loss_weight[:, 1:] / weight_total[:, None]
+        parts = token_losses(logits, input_ids, taught, self.weights)
+        sums = {name: (value * share).sum() for name, value in parts.items()}
+        loss = torch.stack([self.weights[name] * value for name, value in sums.items()]).sum()
+        budget = torch.zeros_like(loss)
+        result = {name: value.detach() for name, value in sums.items()}
+        if self.method != "none":
+            kept = torch.stack(out.kept).float().mean()
+            result["kept"] = kept.detach()
+            if self.method == "dcp":
+                budget = knobs[1] * kept
+                result["square_mean"] = square_mean(kept.detach(), input_ids.shape[1])
+            elif self.method == "dms":
+                closed = self.closed_fraction(out.features)
+                budget = self.recipe.objective.budget_weight * (knobs[2] - closed).clamp_min(0.0).mean()
+                result["closed"] = closed.detach().mean()
+        return {"text_loss": loss, "budget": budget, **result}
+
+    def closed_fraction(self, features: list[torch.Tensor]) -> torch.Tensor:
+        """Closed fraction of each sequence [B] of noisy logits [B, T, H] a layer: hard forward, sigmoid backward."""
+        logits = torch.stack(features)[:, :, 1:].float()  # [L, B, T - 1, H]: the first token decides about nothing
+        soft = torch.sigmoid(logits / self.recipe.objective.tau)
+        return ((logits > 0).float() + soft - soft.detach()).mean(dim=(0, 2, 3))
