@@ -41,7 +41,8 @@ class DropGateConfig(_Strict):
     Attributes:
         format_version: of this section; only 1 exists.
         method: a name in ``vllm_prune.gates.GATES``.
-        params: keyword arguments of the gate class (DCP: rank, beta; DMS: delay, eps).
+        params: keyword arguments of the gate class (DCP: rank, beta; DMS: delay, eps; window: window; random: keep,
+            delay, seed).
         strength: 0 opens every gate, 1 is as trained, larger drops more.
         num_layers, num_kv_heads, hidden_size: of the base the gates were trained on; must match config.json.
         protect: keys no gate may drop.
@@ -88,6 +89,10 @@ class DropGateConfig(_Strict):
             return GATES[self.method](self.shape, **self.params)  # type: ignore[arg-type]
         except (TypeError, ValueError, RuntimeError) as error:
             raise PruneError(f"drop_gate.params of method '{self.method}' are wrong: {error}.", correct) from None
+
+    def build_gates(self) -> list[Gate]:
+        """Fresh gates of all L layers, each told which it is. Raises as ``build_gate``."""
+        return [self.build_gate().at_layer(layer) for layer in range(self.num_layers)]
 
 
 def parse_drop_gate(hf_config: Any, override_strength: float | None = None) -> DropGateConfig:

@@ -100,6 +100,10 @@ class Gate(nn.Module, ABC):
         """E: independent decisions per key in this layer."""
         return 1 if self.scope is Scope.LAYER else self.shape.num_kv_heads
 
+    def at_layer(self, index: int) -> Gate:
+        """Tell a fresh gate which layer it is, 0 to L - 1; returns it. Few gates want to know."""
+        return self
+
     @abstractmethod
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Features of each token.
