@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from vllm_prune.checkpoint import GENERIC_ARCHITECTURE, add_gates
-from vllm_prune.gates import DCPGate, DMSGate, Gate, GateShape
+from vllm_prune.gates import GATES, DCPGate, DMSGate, Gate, GateShape
 
 VOCAB = 512
 
@@ -54,7 +54,10 @@ def random_gates(config: Any, method: str, seed: int = 0, **params: Any) -> list
     torch.manual_seed(seed + 1000)
     shape = GateShape(config.hidden_size, config.num_key_value_heads, config.num_hidden_layers)
     gates: list[Gate] = []
-    for _ in range(shape.num_layers):
+    for layer in range(shape.num_layers):
+        if method not in ("dcp", "dms"):
+            gates.append(GATES[method](shape, **params).at_layer(layer))
+            continue
         if method == "dcp":
             gate: Gate = DCPGate(shape, **{"rank": 16, "beta": 1.5, **params})
             torch.nn.init.normal_(gate.qk.weight, std=0.7 / shape.hidden_size**0.25 / 2)
@@ -78,7 +81,7 @@ def save_gated(
     """A random gated checkpoint."""
     save_base(folder, config, dtype, seed)
     gates = random_gates(config, method, seed, **params)
-    defaults = {"rank": 16, "beta": 1.5} if method == "dcp" else {"delay": 8}
+    defaults = {"dcp": {"rank": 16, "beta": 1.5}, "dms": {"delay": 8}}.get(method, {})
     add_gates(folder, gates, {"params": {**defaults, **params}, **(section or {})},
               architecture=GENERIC_ARCHITECTURE if generic else None)  # fmt: skip
     return folder

@@ -18,6 +18,8 @@ RECORD = {"additional_config": {"vllm_prune": {"record": True}}}
 METHODS = {
     "dcp": {"beta": 3.6},
     "dms": {"delay": 8},
+    "window": {"window": 40},
+    "random": {"keep": 0.4, "delay": 8, "seed": 3},
 }
 
 

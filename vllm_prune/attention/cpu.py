@@ -16,7 +16,7 @@ from vllm import envs
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_prune.attention.masked import gather_lane, tiled_attention
-from vllm_prune.attention.serving import DelayRule, QueryRule
+from vllm_prune.attention.serving import DelayRule, QueryRule, Rule, WriteRule
 from vllm_prune.cache.geometry import cdiv
 from vllm_prune.cache.lane_ops import NEVER, Tokens, check, lib
 
@@ -61,7 +61,7 @@ class PruneCPUImpl(AttentionImpl):
         self.serving: ServedGate
         self.tokens = Tokens()
         self.index = 0
-        self.rule: QueryRule | DelayRule | None = None
+        self.rule: Rule | None = None
 
     def attach(self, state: WorkerState, index: int) -> None:
         self.state, self.index, self.serving = state, index, state.serving
@@ -115,6 +115,9 @@ class PruneCPUImpl(AttentionImpl):
             check(lib.steps_decode_by_query(*args, rule.scale, rule.bias, served.sinks, served.window))
         elif isinstance(self.rule, DelayRule):
             check(lib.steps_decode_delayed(*args, self.rule.threshold, self.rule.delay, served.sinks))
+        elif isinstance(self.rule, WriteRule):
+            write = self.rule
+            check(lib.steps_decode_at_write(*args, write.salts.ctypes.data, write.limit, write.delay, served.sinks))
         else:
             check(lib.steps_decode_open(*args))
 
@@ -159,6 +162,10 @@ class PruneCPUImpl(AttentionImpl):
         elif isinstance(self.rule, DelayRule):
             check(lib.steps_chunk_expiry_delayed(*args, self.rule.threshold, self.rule.delay, served.sinks,
                                                  past.ctypes.data, past.shape[1], chunk.ctypes.data))  # fmt: skip
+        elif isinstance(self.rule, WriteRule):
+            write = self.rule
+            lib.steps_chunk_expiry_at_write(*where, count, write.salts.ctypes.data, write.limit, write.delay,
+                                            served.sinks, past.ctypes.data, past.shape[1], chunk.ctypes.data)  # fmt: skip
 
     # Attending ---------------------------------------------------------------------------------------------------
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from vllm_prune.config import DropGateConfig
 from vllm_prune.gates import Gate, Reveal, decision_shift
 from vllm_prune.gates.dcp import DCPGate
 from vllm_prune.gates.dms import DMSGate
+from vllm_prune.gates.random_drop import RandomGate
+from vllm_prune.gates.window import WindowGate
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,35 @@ class DelayRule:
     delay: int
 
 
-def rule_of(gate: Gate, section: DropGateConfig) -> QueryRule | DelayRule:
+@dataclass(frozen=True, eq=False)
+class WriteRule:
+    """Window and random in one layer: key j gets expiry j + 1 + delay when written, unless its hash lies below ``limit``.
+
+    Attributes:
+        salts: uint32 [E], hashed with the position (see ``gates/random_drop.py``).
+        limit: 0 lets every key expire, 2^32 none.
+        delay: already includes a protected window wider than the gate's own.
+    """
+
+    salts: np.ndarray
+    limit: int
+    delay: int
+
+
+Rule = QueryRule | DelayRule | WriteRule
+
+
+def rule_of(gate: Gate, section: DropGateConfig) -> Rule:
     """The rule of one layer's loaded gate at the checkpoint's strength."""
     shift = decision_shift(section.strength) * gate.unit
     if isinstance(gate, DCPGate):
         return QueryRule(1.0 / math.sqrt(gate.rank), float(gate.beta.float()) + shift)
     if isinstance(gate, DMSGate):
         return DelayRule(shift, max(gate.delay, section.protect.window))
+    if isinstance(gate, WindowGate):
+        delay = max(gate.window_at(section.strength), section.protect.window)
+        return WriteRule(np.zeros(1, np.uint32), 0, delay)
+    if isinstance(gate, RandomGate):
+        salts = gate.salts().numpy().astype(np.uint32)
+        return WriteRule(salts, gate.limit(section.strength), max(gate.delay, section.protect.window))
     raise NotImplementedError(f"gate method {gate.method} cannot be served yet")

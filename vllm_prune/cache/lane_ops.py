@@ -65,6 +65,8 @@ def _load() -> ctypes.CDLL:
         "steps_decode_delayed": (c_int, [*rows, f, i, i]),
         "steps_chunk_expiry_by_query": (c_int, [s, n, n, i, n, n, t, f, f, i, i, p, p]),
         "steps_chunk_expiry_delayed": (c_int, [s, n, n, i, n, n, t, f, i, i, p, n, p]),
+        "steps_decode_at_write": (c_int, [*rows, p, n, i, i]),
+        "steps_chunk_expiry_at_write": (None, [s, n, n, i, n, p, n, i, i, p, n, p]),
         "steps_settle_chunk": (c_int, [s, n, n, i, i, n, n, t, p, n, p]),
     }
     for name, (result, arguments) in signatures.items():

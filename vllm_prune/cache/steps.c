@@ -2,6 +2,7 @@
  *
  * by query (DCP): score = dot(q', k') * scale + bias, key dropped iff score <= 0, by the query's own position.
  * delayed (DMS): logit of token n > threshold gives key n - 1 the expiry n + delay.
+ * at write (window, random): key j gets the expiry j + 1 + delay unless a hash of its position lies below a limit.
  * Sums run over r in one fixed order and without contraction, so that chunking cannot change a decision.
  */
 #include <stdlib.h>
@@ -68,6 +69,24 @@ static void load_row(const Store *a, const Tokens *t, int64_t token, int64_t at,
     for (int64_t x = 0; x < n; x++) out[x] = widen(a, in, x);
 }
 
+/* Drops the keys of a unit whose expiry has come. */
+static int drop_expired(const Store *a, int64_t s, int64_t layer, int64_t unit, int32_t now) {
+    const int64_t lane = layer * a->per_layer + unit, length = *length_of(a, s, lane);
+    int32_t *victims = malloc(sizeof(int32_t) * (2 * length + 2)), *when = victims + length + 1;
+    if (!victims) return OUT_OF_MEMORY;
+    int64_t count = 0;
+    for (int64_t j = 0; j < length; j++) {
+        const int32_t e = a->exp[row_of(a, s, lane)[j / a->N] * a->N + j % a->N];
+        if (e <= now) {
+            victims[count] = (int32_t)j;
+            when[count++] = e;
+        }
+    }
+    const int error = lanes_drop(a, s, layer, unit, victims, when, count);
+    free(victims);
+    return error;
+}
+
 static int append_one(const Store *a, int64_t s, int64_t layer, int64_t unit, int32_t position, const Tokens *t, int64_t token) {
     const int32_t expiry = NEVER;
     return lanes_append(a, s, layer, unit, position, &expiry, 0, t, token, 1);
@@ -129,25 +148,53 @@ int steps_decode_delayed(const Store *a, int64_t layer, int64_t rows, const int3
                          const Tokens *t, float threshold, int32_t delay, int32_t sinks) {
     for (int64_t i = 0; i < rows; i++)
         for (int64_t unit = 0; unit < a->units; unit++) {
-            const int64_t s = slots[i], lane = layer * a->per_layer + unit, length = *length_of(a, s, lane);
+            const int64_t s = slots[i], lane = layer * a->per_layer + unit;
             const int32_t now = positions[i];
             if (now > 0 && widen(a, feature(a, t, first[i], 0), unit) > threshold) mark_newest(a, s, lane, now + delay, sinks);
-            int32_t *victims = malloc(sizeof(int32_t) * (2 * length + 2)), *when = victims + length + 1;
-            if (!victims) return OUT_OF_MEMORY;
-            int64_t count = 0;
-            for (int64_t j = 0; j < length; j++) {
-                const int32_t e = a->exp[row_of(a, s, lane)[j / a->N] * a->N + j % a->N];
-                if (e <= now) {
-                    victims[count] = (int32_t)j;
-                    when[count++] = e;
-                }
-            }
-            int error = lanes_drop(a, s, layer, unit, victims, when, count);
-            free(victims);
+            int error = drop_expired(a, s, layer, unit, now);
             if (!error) error = append_one(a, s, layer, unit, now, t, first[i]);
             if (error) return error;
         }
     return 0;
+}
+
+/* 32 well mixed bits of 32: a bijection (constants of Wellons' "lowbias32"). gates/random_drop.py has the twin. */
+static uint32_t mix(uint32_t x) {
+    x ^= x >> 16;
+    x *= 0x7feb352du;
+    x ^= x >> 15;
+    x *= 0x846ca68bu;
+    return x ^ x >> 16;
+}
+
+/* Expiry of a key known when it is written. limit 0 lets every key expire, 2^32 none. */
+static int32_t expiry_at_write(int32_t position, uint32_t salt, int64_t limit, int32_t delay, int32_t sinks) {
+    if (position < sinks || (int64_t)mix(mix((uint32_t)position) ^ salt) < limit) return NEVER;
+    return position + 1 + delay;
+}
+
+/* salts: one per unit of this layer. */
+int steps_decode_at_write(const Store *a, int64_t layer, int64_t rows, const int32_t *slots, const int32_t *first, const int32_t *positions,
+                          const Tokens *t, const uint32_t *salts, int64_t limit, int32_t delay, int32_t sinks) {
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t unit = 0; unit < a->units; unit++) {
+            const int32_t expiry = expiry_at_write(positions[i], salts[unit], limit, delay, sinks);
+            int error = drop_expired(a, slots[i], layer, unit, positions[i]);
+            if (!error) error = lanes_append(a, slots[i], layer, unit, positions[i], &expiry, 0, t, first[i], 1);
+            if (error) return error;
+        }
+    return 0;
+}
+
+/* Expiries at write of a chunk: past [E, width] as they stand, chunk [E, C]. */
+void steps_chunk_expiry_at_write(const Store *a, int64_t s, int64_t layer, int32_t start, int64_t c, const uint32_t *salts, int64_t limit,
+                                 int32_t delay, int32_t sinks, int32_t *past, int64_t width, int32_t *chunk) {
+    for (int64_t unit = 0; unit < a->units; unit++) {
+        const int64_t lane = layer * a->per_layer + unit, length = *length_of(a, s, lane);
+        for (int64_t i = 0; i < length; i++) past[unit * width + i] = a->exp[row_of(a, s, lane)[i / a->N] * a->N + i % a->N];
+        for (int64_t i = 0; i < c; i++)
+            chunk[unit * c + i] = expiry_at_write(start + (int32_t)i, salts[unit], limit, delay, sinks);
+    }
 }
 
 /* First crossing of up to BLOCK keys (positions p, expiries e) over queries i in [from, c) at positions start + i. */

@@ -12,8 +12,10 @@ from vllm_prune.gates.base import (
 )
 from vllm_prune.gates.dcp import DCPGate
 from vllm_prune.gates.dms import DMSGate
+from vllm_prune.gates.random_drop import RandomGate
+from vllm_prune.gates.window import WindowGate
 
-GATES: dict[str, type[Gate]] = {gate.method: gate for gate in (DCPGate, DMSGate)}
+GATES: dict[str, type[Gate]] = {gate.method: gate for gate in (DCPGate, DMSGate, WindowGate, RandomGate)}
 """Every method by its name in a checkpoint's ``drop_gate`` section."""
 
 __all__ = [
@@ -24,8 +26,10 @@ __all__ = [
     "Gate",
     "GateShape",
     "Protection",
+    "RandomGate",
     "Reveal",
     "Scope",
+    "WindowGate",
     "decision_shift",
     "expiry_mask",
 ]
