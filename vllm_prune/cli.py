@@ -50,5 +50,76 @@ def demo(
         raise typer.Exit(2) from None
 
 
+@app.command("eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Folder of a gated checkpoint.")],
+    tasks: Annotated[str, typer.Option(help="Names with commas between; all by default. 'help' lists them.")] = "",
+    lengths: Annotated[str, typer.Option(help="Tokens of prompt and answer. Default: 512,1024,4096.")] = "",
+    samples: Annotated[int, typer.Option(min=1, help="Of each task and length.")] = 16,
+    strength: Annotated[float | None, typer.Option(help="Of the gates; 1 is as trained.")] = None,
+    keep: Annotated[float | None, typer.Option(help="Fraction to keep, by the calibration table.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Held-out text. Default: standard library modules.")] = None,
+    json: Annotated[Path | None, typer.Option(help="File for the result, with every output.")] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="Run everything with gates open too, and compare.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32. Default: the checkpoint's.")] = None,
+    chunk_tokens: Annotated[int, typer.Option(min=32, help="Most prompt tokens in one step.")] = 512,
+    concurrency: Annotated[int, typer.Option(min=1, help="Most requests at once.")] = 4,
+) -> None:
+    """Measure quality through the live engine: perplexity and long-context tasks, with what the gates kept."""
+    from rich.console import Console
+
+    from vllm_prune.option_lists import names, whole_numbers
+
+    try:
+        from vllm_prune_training.engine_eval import main as engine_eval
+        from vllm_prune_training.engine_eval.samples import NAMES
+    except ImportError as error:
+        typer.echo(f"vllm-prune: eval needs the training package ({error}). Install vllm-prune[train].", err=True)
+        raise typer.Exit(2) from None
+    if tasks == "help":
+        typer.echo("\n".join(NAMES))
+        return
+    try:
+        options = engine_eval.EvalOptions(
+            model, names(tasks) or engine_eval.DEFAULT_TASKS, whole_numbers("--lengths", lengths), samples, strength,
+            keep, data, json, dense, dtype, chunk_tokens, concurrency,
+        )  # fmt: skip
+        engine_eval.run_eval(options, Console())
+    except PruneError as error:
+        Console(stderr=True, style="red").print(str(error), markup=False, highlight=False)
+        raise typer.Exit(2) from None
+
+
+def _refuse(error: PruneError) -> typer.Exit:
+    """Print a refusal in red; the exit to raise."""
+    from rich.console import Console
+
+    Console(stderr=True, style="red").print(str(error), markup=False, highlight=False)
+    return typer.Exit(2)
+
+
+@app.command()
+def calibrate(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Gated checkpoint; its config.json gets the table.")],
+    data: Annotated[Path, typer.Option(help="Held-out text, JSONL or Parquet with 'text', or a folder of them.")],
+    length: Annotated[int | None, typer.Option(help="Tokens a window. Default: the model's, at most 4096")] = None,
+    strengths: Annotated[
+        list[float] | None, typer.Option("--strengths", help="Repeat for each. Default: chosen to fill the range")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Held-out tokens to measure each strength on.")] = 16384,
+    max_rise: Annotated[float, typer.Option(help="Perplexity rise that is called safe, a fraction.")] = 0.01,
+) -> None:
+    """Measure kept fraction, perplexity and KL against strength; store the table, so that "keep" can be asked for."""
+    try:
+        from vllm_prune_training.calibrate import CalibrateOptions, describe
+        from vllm_prune_training.calibrate import calibrate as run
+
+        wanted = tuple(strengths) if strengths else None
+        table = run(CalibrateOptions(folder, data, length, wanted, tokens, max_rise), typer.echo)
+    except PruneError as error:
+        raise _refuse(error) from None
+    typer.echo(describe(table))
+
+
 if __name__ == "__main__":
     app()

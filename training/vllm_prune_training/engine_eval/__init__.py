@@ -1,0 +1,1 @@
+"""Evaluation of a gated checkpoint through the live engine: real eviction, chunked prefill, measured memory."""
