@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,26 @@ GATED_ARCHITECTURES = {
 """Base architecture to its gated class; every other decoder is served by ``GENERIC_ARCHITECTURE``."""
 
 GENERIC_ARCHITECTURE = "PrunedTransformersForCausalLM"
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write a file so that a reader, or a crash, finds the old one or the new one and nothing between.
+
+    A hard-linked or symbolically linked file is replaced, never written through.
+
+    Raises:
+        OSError: the file could not be written; the old one is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(data, file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def gated_architecture(base: str) -> str:
@@ -54,10 +75,11 @@ def add_gates(folder: Path, gates: list[Gate], section: dict[str, Any], architec
         for layer, gate in enumerate(gates)
         for name, tensor in gate.state_dict().items()
     }
-    save_file(tensors, folder / GATE_FILE, metadata={"format": "pt", "method": checked.method})
+    described = json.dumps(checked.model_dump(mode="json", exclude={"provenance", "calibration"}))
+    save_file(tensors, folder / GATE_FILE, metadata={"format": "pt", "method": checked.method, SECTION: described})
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     base = config["architectures"][0]
     config["architectures"] = [architecture or gated_architecture(base)]
-    config[SECTION] = checked.model_dump()
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    config[SECTION] = checked.model_dump(mode="json", exclude_none=True)
+    write_json(path, config)

@@ -103,22 +103,20 @@ def calibrate(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Gated checkpoint; its config.json gets the table.")],
     data: Annotated[Path, typer.Option(help="Held-out text, JSONL or Parquet with 'text', or a folder of them.")],
     length: Annotated[int | None, typer.Option(help="Tokens a window. Default: the model's, at most 4096")] = None,
-    strengths: Annotated[
-        list[float] | None, typer.Option("--strengths", help="Repeat for each. Default: chosen to fill the range")
-    ] = None,
+    strengths: Annotated[str, typer.Option(help="With commas between. Default: chosen to fill the range.")] = "",
     tokens: Annotated[int, typer.Option(help="Held-out tokens to measure each strength on.")] = 16384,
     max_rise: Annotated[float, typer.Option(help="Perplexity rise that is called safe, a fraction.")] = 0.01,
 ) -> None:
     """Measure kept fraction, perplexity and KL against strength; store the table, so that "keep" can be asked for."""
     try:
-        from vllm_prune_training.calibrate import CalibrateOptions, describe
-        from vllm_prune_training.calibrate import calibrate as run
+        from vllm_prune_training import calibrate as command
 
-        wanted = tuple(strengths) if strengths else None
-        table = run(CalibrateOptions(folder, data, length, wanted, tokens, max_rise), typer.echo)
+        wanted = command.parse_strengths(strengths)
+        options = command.CalibrateOptions(folder, data, length, wanted, tokens, max_rise)
+        table = command.calibrate(options, typer.echo)
     except PruneError as error:
         raise _refuse(error) from None
-    typer.echo(describe(table))
+    typer.echo(command.describe(table))
 
 
 if __name__ == "__main__":

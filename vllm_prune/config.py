@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
+from vllm_prune.calibration import Calibration, gates_digest
 from vllm_prune.errors import PruneError
 from vllm_prune.gates import GATES, Gate, GateShape, Protection
 
@@ -46,8 +47,9 @@ class DropGateConfig(_Strict):
         strength: 0 opens every gate, 1 is as trained, larger drops more.
         num_layers, num_kv_heads, hidden_size: of the base the gates were trained on; must match config.json.
         protect: keys no gate may drop.
-        expected_keep: mean fraction of KV kept at this strength, measured at export; admission plans with it
-            (a wrong value costs preemptions, never correctness).
+        expected_keep: mean fraction of KV kept at this strength; admission plans with it (a wrong value costs
+            preemptions, never correctness). With a calibration table it follows from that, at any strength.
+        calibration: what each strength keeps and costs, measured by ``vllm-prune calibrate``.
         dtype: of the gate tensors once loaded; ``auto`` is the model's.
         provenance: how the gates were made, free form; not read by the server.
     """
@@ -61,6 +63,7 @@ class DropGateConfig(_Strict):
     hidden_size: int = Field(gt=0)
     protect: ProtectConfig = Field(default_factory=lambda: ProtectConfig(sinks=0, window=0))
     expected_keep: float = Field(1.0, gt=0.0, le=1.0)
+    calibration: Calibration | None = None
     dtype: Literal["auto", "float32"] = "auto"
     provenance: dict[str, Any] = Field(default_factory=dict)
 
@@ -71,6 +74,42 @@ class DropGateConfig(_Strict):
     @property
     def protection(self) -> Protection:
         return Protection(self.protect.sinks, self.protect.window)
+
+    def strength_for(self, keep: float) -> float:
+        """The strength that keeps this fraction of past pairs, read from the calibration table.
+
+        Raises:
+            PruneError: there is no table, or it does not reach so far.
+        """
+        if self.calibration is None:
+            raise PruneError(
+                f"keep {keep:g} was asked for, but this checkpoint has no calibration table (drop_gate.calibration).",
+                "Run `vllm-prune calibrate DIR --data TEXT`, or give a strength.",
+            )
+        low, high = self.calibration.keep_range
+        if not low <= keep <= high:
+            raise PruneError(
+                f"keep {keep:g} lies outside of what was measured: {low:.4g} to {high:.4g} "
+                f"at strengths 0 to {self.calibration.strongest:g}, {self.calibration.length} tokens.",
+                "Ask for a fraction within, or run `vllm-prune calibrate` with other --strengths.",
+            )
+        return self.calibration.strength_at(keep)
+
+    def at_strength(self, strength: float) -> DropGateConfig:
+        """The section as served at a strength, with the ``expected_keep`` that goes with it.
+
+        Without a table a weaker strength than the checkpoint's own plans with everything kept.
+
+        Raises:
+            PruneError: the strength is out of range.
+        """
+        if not 0.0 <= strength <= MAX_STRENGTH:
+            raise PruneError(f"strength must lie in 0..{MAX_STRENGTH:g}, got {strength}.", "0 opens every gate.")
+        if self.calibration is not None:
+            keep = self.calibration.keep_at(strength)
+        else:
+            keep = 1.0 if strength < self.strength else self.expected_keep
+        return self.model_copy(update={"strength": strength, "expected_keep": keep})
 
     def build_gate(self) -> Gate:
         """A fresh gate of one layer. Raises PruneError for an unknown method or parameter."""
@@ -95,16 +134,24 @@ class DropGateConfig(_Strict):
         return [self.build_gate().at_layer(layer) for layer in range(self.num_layers)]
 
 
-def parse_drop_gate(hf_config: Any, override_strength: float | None = None) -> DropGateConfig:
-    """The validated section of a loaded Hugging Face config.
+def parse_drop_gate(
+    hf_config: Any, override_strength: float | None = None, keep: float | None = None
+) -> DropGateConfig:
+    """The validated section of a loaded Hugging Face config, at the strength that is served.
 
     Args:
         hf_config: the base model's config object with the raw section as an attribute.
         override_strength: replaces the checkpoint's strength when given.
+        keep: replaces it by the strength that keeps this fraction, by the checkpoint's calibration table.
 
     Raises:
-        PruneError: the section is absent, malformed, names an unknown method or field, or does not fit the base.
+        PruneError: the section is absent, malformed, names an unknown method or field, or does not fit the base; or
+            both a strength and a fraction are given, or the table does not know the fraction.
     """
+    if override_strength is not None and keep is not None:
+        raise PruneError(
+            "additional_config.vllm_prune has both strength and keep.", "Give one: each decides the other."
+        )
     raw = getattr(hf_config, SECTION, None)
     if raw is None:
         raise PruneError(
@@ -113,11 +160,10 @@ def parse_drop_gate(hf_config: Any, override_strength: float | None = None) -> D
         )
     if not isinstance(raw, dict):
         raise PruneError(f"'{SECTION}' in config.json must be an object, got {type(raw).__name__}.", "Export again.")
-    if override_strength is not None:
-        trained = raw.get("strength", 1.0)
-        raw = {**raw, "strength": override_strength}
-        if not isinstance(trained, int | float) or override_strength < trained:
-            raw.pop("expected_keep", None)  # measured at the checkpoint's strength: weaker gates keep more
+    if override_strength is not None or keep is not None:
+        own = raw.get("strength", 1.0)
+        if isinstance(own, bool) or not isinstance(own, int | float) or not 0.0 <= own <= MAX_STRENGTH:
+            raw = {**raw, "strength": MAX_STRENGTH}  # replaced below; the strongest, so that nothing is planned on it
     try:
         section = DropGateConfig.model_validate(raw)
     except ValidationError as error:
@@ -125,6 +171,8 @@ def parse_drop_gate(hf_config: Any, override_strength: float | None = None) -> D
         where = ".".join([SECTION, *map(str, first["loc"])])
         hint = "This version does not know the field." if first["type"] == "extra_forbidden" else first["msg"] + "."
         raise PruneError(f"config.json field '{where}' is invalid: {hint}", "Correct it or export again.") from None
+    strength = section.strength if override_strength is None else override_strength
+    section = section.at_strength(strength if keep is None else section.strength_for(keep))
     with torch.device("meta"):  # sizes are checked, nothing is allocated
         section.build_gate()
     base = {
@@ -145,6 +193,22 @@ def server_options(vllm_config: Any) -> dict[str, Any]:
     """The plugin's own part of ``--additional-config``; empty when there is none."""
     additional = vllm_config.additional_config
     return additional.get("vllm_prune", {}) if isinstance(additional, dict) else {}
+
+
+def served_section(vllm_config: Any) -> DropGateConfig:
+    """The checkpoint's section as an engine serves it: with the strength or the kept fraction of its options."""
+    options = server_options(vllm_config)
+    return parse_drop_gate(vllm_config.model_config.hf_config, options.get("strength"), options.get("keep"))
+
+
+def check_calibration(gate_file: str, section: DropGateConfig) -> None:
+    """Raises PruneError when the calibration table was measured with other gates than these."""
+    table = section.calibration
+    if table is not None and table.gates_sha256 != gates_digest(gate_file, section.model_dump()):
+        raise PruneError(
+            "drop_gate.calibration was measured with other gates than this checkpoint has.",
+            "Run `vllm-prune calibrate` on it again, or remove the field from config.json.",
+        )
 
 
 def find_gate_file(model: str, revision: str | None = None) -> str:

@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm_prune.attention.backend import PruneCPUBackend
 from vllm_prune.attention.serving import ServedGate, rule_of
 from vllm_prune.cache.spec import PruneSpec
-from vllm_prune.config import DropGateConfig, parse_drop_gate, server_options
+from vllm_prune.config import DropGateConfig, served_section
 
 _LIBRARY = torch.library.Library("vllm_prune", "FRAGMENT")
 
@@ -58,7 +58,7 @@ if not hasattr(torch.ops.vllm_prune, "gated_attention"):
 
 def section_of(vllm_config: VllmConfig) -> DropGateConfig:
     """The checkpoint's ``drop_gate`` section as this engine serves it."""
-    return parse_drop_gate(vllm_config.model_config.hf_config, server_options(vllm_config).get("strength"))
+    return served_section(vllm_config)
 
 
 class GatedAttention(Attention):

@@ -14,7 +14,15 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm_prune.attention.serving import ServedGate
 from vllm_prune.cache.geometry import LaneGeometry
 from vllm_prune.compat import CONNECTOR, CONNECTOR_MODULE, check
-from vllm_prune.config import MAX_STRENGTH, find_gate_file, load_gates, parse_drop_gate, server_options
+from vllm_prune.config import (
+    MAX_STRENGTH,
+    DropGateConfig,
+    check_calibration,
+    find_gate_file,
+    load_gates,
+    served_section,
+    server_options,
+)
 from vllm_prune.errors import PruneError
 
 if TYPE_CHECKING:
@@ -25,7 +33,7 @@ logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's logger: only that
 BLOCK_TOKENS = 32
 """Tokens a block unless --block-size says otherwise: the least that vLLM's CPU kernel takes at full speed."""
 
-OPTIONS = {"strength": float, "record": bool}
+OPTIONS = {"strength": float, "record": bool, "keep": float}
 """Server options: ``--additional-config '{"vllm_prune": {...}}'``."""
 
 
@@ -49,7 +57,28 @@ def options_of(vllm_config: VllmConfig) -> dict[str, Any]:
             f"additional_config.vllm_prune.strength must lie in 0..{MAX_STRENGTH:g}, got {strength}.",
             "0 opens every gate, 1 is as trained.",
         )
+    keep = options.get("keep")
+    if keep is not None and not 0.0 < keep <= 1.0:
+        raise PruneError(
+            f"additional_config.vllm_prune.keep must lie in 0..1, above 0, got {keep}.",
+            "It is the share of keys to keep: 1 keeps all.",
+        )
+    if strength is not None and keep is not None:
+        raise PruneError(
+            "additional_config.vllm_prune has both strength and keep.", "Give one: each decides the other."
+        )
     return options
+
+
+def warn_if_unsafe(section: DropGateConfig) -> None:
+    """Log a warning when the served strength lies beyond the calibrated safe range."""
+    table = section.calibration
+    if table is not None and section.strength > table.safe_strength:
+        logger.warning(
+            "vllm-prune: strength %g is beyond the safe range of this checkpoint: up to %g perplexity rises by at most "
+            "%g %% (measured at %d tokens, where this strength keeps %.3g)",
+            section.strength, table.safe_strength, 100 * table.max_rise, table.length, section.expected_keep,
+        )  # fmt: skip
 
 
 class GatedModelConfig(VerifyAndUpdateConfig):
@@ -58,10 +87,12 @@ class GatedModelConfig(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         check(vllm_config)
-        options = options_of(vllm_config)
+        options_of(vllm_config)
         model = vllm_config.model_config
-        section = parse_drop_gate(model.hf_config, options.get("strength"))
-        load_gates(find_gate_file(model.model, model.revision), section)
+        section = served_section(vllm_config)
+        gate_file = find_gate_file(model.model, model.revision)
+        load_gates(gate_file, section)
+        check_calibration(gate_file, section)
         cache = vllm_config.cache_config
         if not cache.user_specified_block_size:
             # Small pages come free sooner: half a page a lane is idle on average. The CPU platform would choose 128.
@@ -88,3 +119,4 @@ class GatedModelConfig(VerifyAndUpdateConfig):
             "vllm-prune: %s gates at strength %g, %d layers, planned kept fraction %g",
             section.method, section.strength, section.num_layers, section.expected_keep,
         )  # fmt: skip
+        warn_if_unsafe(section)

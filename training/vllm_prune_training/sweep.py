@@ -1,0 +1,107 @@
+"""What a gated model keeps and costs at several strengths, on the same windows, with the hard mask of the server.
+
+Dimension letters: N windows, T tokens, L layers, H KV heads, E eviction units of a layer (1 or H), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .gate_evaluation import final_live, past_pair_kept
+from .masked import GatedModel
+
+ROWS = 512
+"""Positions whose logits are compared at a time: two float32 copies of [ROWS, V] are held."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One strength, measured.
+
+    Attributes:
+        strength: as given.
+        kept, live: float64 [L, E], means over windows of the past-pair share and of the final live share.
+        ppl: perplexity a token.
+        kl: mean KL(open gates || gated) a position, nats.
+    """
+
+    strength: float
+    kept: torch.Tensor
+    live: torch.Tensor
+    ppl: float
+    kl: float
+
+
+@dataclass
+class _Sums:
+    kept: torch.Tensor
+    live: torch.Tensor
+    loss: float = 0.0
+    kl: float = 0.0
+
+
+def losses(dense: torch.Tensor, gated: torch.Tensor, ids: torch.Tensor) -> tuple[float, float]:
+    """Summed next-token loss of the gated logits over T - 1 positions, and summed KL(dense || gated) over T, in nats.
+
+    Args:
+        dense, gated: logits [T, V].
+        ids: int64 [T].
+    """
+    loss = kl = 0.0
+    for start in range(0, len(ids), ROWS):
+        log_q = F.log_softmax(gated[start : start + ROWS].float(), dim=-1)
+        targets = ids[start + 1 : start + 1 + ROWS]
+        loss += F.nll_loss(log_q[: len(targets)], targets, reduction="sum").item()
+        if dense is not gated:
+            log_p = F.log_softmax(dense[start : start + ROWS].float(), dim=-1)
+            kl += F.kl_div(log_q, log_p, log_target=True, reduction="sum").item()
+    return loss, max(0.0, kl)
+
+
+@torch.no_grad()
+def sweep(
+    gated: GatedModel,
+    ids: torch.Tensor,
+    strengths: Sequence[float],
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Point]:
+    """Measure every strength on every window; open gates are run once a window and compared with.
+
+    Args:
+        gated: in evaluation mode.
+        ids: int64 [N, T].
+        strengths: 0 costs nothing extra.
+        progress: called with windows done and windows in all.
+
+    Returns:
+        One point a strength, in the given order.
+    """
+    shape = (len(gated.calls), gated.gates[0].num_units)  # type: ignore[union-attr]
+    sums = [_Sums(torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)) for _ in strengths]
+    for number, row in enumerate(ids):
+        dense = gated(row, "open").logits
+        for strength, total in zip(strengths, sums, strict=True):
+            if strength == 0.0:
+                logits = dense
+                total.kept += 1.0
+                total.live += 1.0
+            else:
+                out = gated(row, "hard", strength=strength)
+                logits = out.logits
+                total.kept += past_pair_kept(out.expiry)
+                total.live += final_live(out.expiry)
+            loss, kl = losses(dense, logits, row)
+            total.loss += loss
+            total.kl += kl
+        if progress is not None:
+            progress(number + 1, len(ids))
+    n, t = ids.shape
+    return [
+        Point(strength, s.kept / n, s.live / n, math.exp(s.loss / (n * (t - 1))), s.kl / (n * t))
+        for strength, s in zip(strengths, sums, strict=True)
+    ]
