@@ -119,5 +119,31 @@ def calibrate(
     typer.echo(command.describe(table))
 
 
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="See examples/recipes and docs/training.md.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="training.steps=10; may be repeated.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the newest checkpoint; otherwise an earlier run is put aside.")
+    ] = True,
+) -> None:
+    """Train gates by a recipe, from text to a folder that `vllm serve` takes. Exit codes: docs/training.md."""
+    from rich.console import Console
+
+    try:
+        from vllm_prune_training.command import train_command
+    except ImportError as error:
+        typer.echo(f"vllm-prune: train needs the training package ({error}). Install vllm-prune[train].", err=True)
+        raise typer.Exit(2) from None
+    try:
+        code = train_command(recipe, overrides or [], resume)
+    except PruneError as error:
+        Console(stderr=True, style="red").print(str(error), markup=False, highlight=False)
+        raise typer.Exit(getattr(error, "exit_code", 2)) from None
+    raise typer.Exit(code)
+
+
 if __name__ == "__main__":
     app()

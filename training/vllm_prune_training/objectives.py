@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from .masked import GatedModel, GatedOutput, Perturb
+from .masked import GatedModel, GatedOutput, Mode, Perturb
 from .recipe import Recipe
 
 ROWS = 4096
@@ -155,12 +155,13 @@ class TrainedModel(nn.Module):
     def forward(
         self,
         input_ids: torch.Tensor,
-        loss_weight: torch.Tensor,
-        weight_total: torch.Tensor,
-        row_key: torch.Tensor,
-        knobs: torch.Tensor,
+        loss_weight: torch.Tensor | None = None,
+        weight_total: torch.Tensor | None = None,
+        row_key: torch.Tensor | None = None,
+        knobs: torch.Tensor | None = None,
+        measure: Mode | None = None,
     ) -> dict[str, torch.Tensor]:
-        """The loss of some rows of a step.
+        """The loss of some rows of a step, or with ``measure`` the sum of the held-out losses (``measured``).
 
         Args:
             input_ids: int64 [B, T].
@@ -168,18 +169,20 @@ class TrainedModel(nn.Module):
             weight_total: float32 [B], the sum of weights of the whole step, over all its rows.
             row_key: int64 [B], numbers of the rows in the run.
             knobs: float32 [3]: alpha, gamma, target of the closed fraction; what a method has not is not read.
+            measure: mode of an evaluation; the weights and keys are not read then.
 
         Returns:
             ``text_loss``: the losses' share of the step's weighted mean (sums over rows add up to the mean);
             ``budget``: what is added to it, a mean over these rows; and without a gradient the sums ``next_token`` and
             KLs like ``text_loss``, and the means ``kept`` (over past pairs) and ``closed``.
         """
+        if measure is not None:
+            return self.measured(input_ids, measure, knobs)
+        assert loss_weight is not None and weight_total is not None and knobs is not None
         with self.autocast(input_ids.device):
             out: Any
             if self.method == "none":
-                run = self.body or self.model.get_decoder()
-                hidden = run(input_ids=input_ids, use_cache=False).last_hidden_state
-                logits = self.model.get_output_embeddings()(hidden)
+                logits = self.dense(input_ids)
             else:
                 out = self.soft(input_ids, knobs[0], row_key)
                 logits = out.logits
@@ -204,6 +207,35 @@ class TrainedModel(nn.Module):
                 budget = self.recipe.objective.budget_weight * (knobs[2] - closed).clamp_min(0.0).mean()
                 result["closed"] = closed.detach().mean()
         return {"text_loss": loss, "budget": budget, **result}
+
+    def dense(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits [B, T, V] of a base without gates."""
+        run = self.body or self.model.get_decoder()
+        hidden = run(input_ids=ids, use_cache=False).last_hidden_state
+        logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
+        return logits
+
+    @torch.no_grad()
+    def measured(self, ids: torch.Tensor, mode: Mode, knobs: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Sum of the next-token losses of ids [B, T] (``nll``) and, gated, the mean share of past pairs kept (``kept``).
+
+        Soft mode is at the temperature of the moment and without noise.
+        """
+        with self.autocast(ids.device):
+            out: Any = None
+            if self.method == "none":
+                logits = self.dense(ids)
+            else:
+                out = self.soft(ids, knobs[0], None) if mode == "soft" and knobs is not None else self.gated(ids, mode)
+                logits = out.logits
+        result = {"nll": token_losses(logits, ids, None, {})["next_token"].sum()}
+        if mode == "soft" and out is not None:
+            result["kept"] = torch.stack(out.kept).float().mean()
+        elif mode == "hard" and out is not None:
+            t = ids.shape[1]
+            past = out.expiry.clamp(max=t) - torch.arange(t, device=ids.device) - 1
+            result["kept"] = past.clamp_min(0).sum(-1).double().mean().float() / (t * (t - 1) / 2)
+        return result
 
     def closed_fraction(self, features: list[torch.Tensor]) -> torch.Tensor:
         """Closed fraction of each sequence [B] of noisy logits [B, T, H] a layer: hard forward, sigmoid backward."""

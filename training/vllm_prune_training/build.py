@@ -1,0 +1,191 @@
+"""The parts of a run out of its recipe: tokenizer, base, gates, teacher. What cannot be trained is refused first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from vllm_prune.config import SECTION, DropGateConfig, find_gate_file, load_gates
+from vllm_prune.errors import PruneError
+from vllm_prune.gates import Gate
+
+from .families import check_config, gate_shape, probe, same_attention, without_dropout
+from .masked import GatedModel
+from .objectives import TrainedModel
+from .recipe import NO_GATES, NewModel, Recipe
+from .text_files import documents, find_files
+from .tokenizer import train_tokenizer
+
+TOKENIZER_CHARS = 40_000_000
+
+
+def _base_config(folder: str) -> PretrainedConfig:
+    """A folder's config, checked, without a drop_gate section that it may have."""
+    if not (Path(folder) / "config.json").is_file():
+        raise PruneError(f"{folder} is no model folder: it has no config.json.", "Set model to a Hugging Face folder.")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError, OSError) as error:
+        raise PruneError(f"config.json of {folder} is not understood: {error}.", "Correct it.") from None
+    check_config(config, folder)
+    if hasattr(config, SECTION):
+        delattr(config, SECTION)
+    return config
+
+
+def _new_config(new: NewModel, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    fields = {key: value for key, value in new.config.items() if key != "model_type"}
+    try:
+        config = AutoConfig.for_model(
+            new.config["model_type"],
+            **{"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id,
+               "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, **fields},
+        )  # fmt: skip
+    except (ValueError, TypeError, KeyError) as error:
+        raise PruneError(f"field 'model.new.config' makes no config: {error}.", "Correct it.") from None
+    unknown = [name for name in fields if name not in config.to_dict() and name not in config.attribute_map]
+    known = type(config)().to_dict()
+    unknown += [name for name in fields if name not in known and name not in config.attribute_map]
+    if unknown:
+        raise PruneError(f"field 'model.new.config.{unknown[0]}' is unknown to {config.model_type}.", "Correct it.")
+    check_config(config, "model.new")
+    if config.vocab_size < len(tokenizer):
+        raise PruneError(f"model.new.config.vocab_size {config.vocab_size} is less than the tokenizer's "
+                         f"{len(tokenizer)}.", "Leave it out.")  # fmt: skip
+    return config
+
+
+def _texts(recipe: Recipe, chars: int) -> Iterator[str]:
+    for source in recipe.data.train:
+        files = find_files(source, recipe.data.max_line_chars)
+        for row in documents(files.paths, files.format, files.field, files.max_line_chars):
+            yield row["text"]
+            chars -= len(row["text"])
+            if chars <= 0:
+                return
+
+
+def make_tokenizer(recipe: Recipe, longest: int) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, or a new one. Training one gives the same on the same data."""
+    if isinstance(recipe.model, str):
+        folder = recipe.model
+    elif recipe.model.new.tokenizer is not None:
+        folder = recipe.model.new.tokenizer
+    else:
+        assert recipe.model.new.tokenizer_vocab is not None
+        return train_tokenizer(_texts(recipe, TOKENIZER_CHARS), recipe.model.new.tokenizer_vocab, longest)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise PruneError(f"the tokenizer in {folder} cannot be loaded: {error}.", "Put its files there.") from None
+    if not tokenizer.is_fast:
+        raise PruneError(f"the tokenizer in {folder} has no tokenizer.json.", "Convert it to a fast tokenizer.")
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def make_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The base in float32, without dropout. Raises PruneError before any weight is read."""
+    longest = max(length for _, length in recipe.training.phases)
+    new = None if isinstance(recipe.model, str) else recipe.model.new
+    config = _base_config(recipe.model) if isinstance(recipe.model, str) else _new_config(recipe.model.new, tokenizer)
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise PruneError(f"training.lengths has {longest} tokens, but the model has {limit} positions.", "Lower it.")
+    if recipe.gate.method != NO_GATES:
+        gate_section(recipe, config)
+    torch.manual_seed(recipe.training.seed)
+    if new is None:
+        model = AutoModelForCausalLM.from_pretrained(recipe.model, config=config, dtype=torch.float32)
+    else:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for layer in getattr(model.get_decoder(), "layers", []) if new.residual_zero else []:
+            nn.init.zeros_(layer.self_attn.o_proj.weight)
+            nn.init.zeros_(layer.mlp.down_proj.weight)
+        model.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+    without_dropout(model)
+    return model  # type: ignore[no-any-return]
+
+
+def gate_section(recipe: Recipe, config: PretrainedConfig) -> DropGateConfig:
+    """The ``drop_gate`` section of the recipe on a base. Raises PruneError when the gate's params are wrong."""
+    shape = gate_shape(config)
+    section = DropGateConfig(
+        method=recipe.gate.method, params=dict(recipe.gate.params), num_layers=shape.num_layers,
+        num_kv_heads=shape.num_kv_heads, hidden_size=shape.hidden_size,
+        protect={"sinks": recipe.gate.protect.sinks, "window": recipe.gate.protect.window},
+    )  # fmt: skip
+    with torch.device("meta"):
+        section.build_gate()
+    return section
+
+
+def make_gates(recipe: Recipe, section: DropGateConfig) -> list[Gate]:
+    """New gates in float32, or those of ``gate.init_from``."""
+    torch.manual_seed(recipe.training.seed + 1)
+    gates = section.build_gates()
+    folder = recipe.gate.init_from
+    if folder is not None:
+        path = Path(folder) / "config.json"
+        if not path.is_file():
+            raise PruneError(f"gate.init_from {folder} has no config.json.", "Name a gated folder.")
+        raw = json.loads(path.read_text(encoding="utf-8")).get(SECTION) or {}
+        if (raw.get("method"), raw.get("params", {})) != (section.method, section.params):
+            raise PruneError(
+                f"gate.init_from {folder} has gates of method {raw.get('method')}, params {raw.get('params')}; the "
+                f"recipe wants {section.method}, {section.params}.",
+                "Make them equal.",
+            )
+        for gate, state in zip(gates, load_gates(find_gate_file(folder), section), strict=True):
+            gate.load_state_dict(state)
+    return [gate.float() for gate in gates]
+
+
+def make_teacher(recipe: Recipe) -> PreTrainedModel | None:
+    """The frozen dense teacher: a folder's model, by default the base as it was."""
+    if not recipe.distils:
+        return None
+    folder = recipe.teacher or (recipe.model if isinstance(recipe.model, str) else None)
+    if folder is None:
+        raise PruneError("a new model has nothing to teach: objective has a KL loss.", "Name a teacher folder.")
+    config = _base_config(folder)
+    dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
+    teacher = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
+    return teacher.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def make_trained(recipe: Recipe, model: PreTrainedModel, device: torch.device) -> TrainedModel:
+    """Base, gates and teacher as one module. The module itself is moved by the Trainer, the teacher here."""
+    teacher = make_teacher(recipe)
+    if teacher is not None:
+        if teacher.config.vocab_size != model.config.vocab_size:
+            raise PruneError("teacher and model have different vocabularies.", "Use a teacher with the same tokenizer.")
+        teacher = teacher.to(device)  # type: ignore[arg-type]
+    model.requires_grad_(recipe.gate.train_base)
+    gated = None
+    if recipe.gate.method != NO_GATES:
+        section = gate_section(recipe, model.config)
+        gates = make_gates(recipe, section)
+        before = probe(model)
+        dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
+        gated = GatedModel(model, gates, section, cache_dtype=dtype, visibility=recipe.training.visibility)
+        same_attention(before, probe(model), type(model).__name__)
+        gated.float()
+    body: Any = torch.compile(model.get_decoder(), dynamic=False) if recipe.training.compile else None
+    return TrainedModel(recipe, model, gated, teacher, body)

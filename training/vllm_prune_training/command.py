@@ -1,0 +1,33 @@
+"""``vllm-prune train``: read the recipe, start what it wants to run in, and say how it ended."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import ranks
+from .recipe_file import read_recipe
+from .train import run
+
+
+def train_command(path: Path, overrides: Sequence[str], resume: bool) -> int:
+    """Run a recipe. Returns the exit code: 0 when the folder is made, 128 + signal when stopped and saved.
+
+    Raises:
+        PruneError: refused (2), a loss that is no number (3), something that could not be written (4: ``exit_code``).
+    """
+    recipe = read_recipe(path, overrides)
+    if recipe.launch.kind != "single":
+        from .launch import launch
+
+        return launch(recipe, resume)
+    outcome = run(recipe, resume)
+    if outcome.signal:
+        name = signal.Signals(outcome.signal).name
+        if ranks.is_main():
+            print(f"stopped by {name}: step {outcome.steps} is saved in {outcome.work}; the same command goes on")
+        return 128 + outcome.signal
+    if ranks.is_main():
+        print(f"made {outcome.output}")
+    return 0
