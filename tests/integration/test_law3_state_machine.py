@@ -1,9 +1,9 @@
 """Law 3: blocks free + owned = pool after every step, and every lane holds exactly what a brute-force model says.
 
 The real manager, block pool, lane store and attention implementation in one process, driven by random histories: admit,
-prefill in chunks, decode, drop (by query, delayed, none), preempt, abort, finish, with reports on time or a step late (as
-under asynchronous scheduling). Gate features are small integers, so that scores are exact and the model cannot disagree
-by rounding. Free pages are poisoned with NaN: any read of them shows.
+prefill in chunks, decode, drop (by query, delayed, known at write, none), preempt, abort, finish, with reports on time or
+a step late (as under asynchronous scheduling). Gate features are small integers, so that scores are exact and the model
+cannot disagree by rounding. Free pages are poisoned with NaN: any read of them shows.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from vllm.v1.core.block_pool import BlockPool
 
 from vllm_prune.attention.cpu import PruneCPUImpl
-from vllm_prune.attention.serving import DelayRule, QueryRule, ServedGate
+from vllm_prune.attention.serving import DelayRule, QueryRule, ServedGate, WriteRule
 from vllm_prune.attention.state import PruneAttentionMetadata, Rows
 from vllm_prune.cache.lanes import LaneStore
 from vllm_prune.cache.manager import PruneManager
@@ -29,9 +30,21 @@ from vllm_prune.cache.spec import PruneSpec
 from vllm_prune.gates import NEVER, Reveal
 
 L, H, G, D, N, RANK = 2, 2, 2, 32, 32, 8
-BLOCKS, CHUNK, LONGEST, SINKS, DELAY = 24, 70, 320, 2, 5
+BLOCKS, CHUNK, LONGEST, SINKS, DELAY, WINDOW = 24, 70, 320, 2, 5, 40
+SALTS, LIMIT = np.asarray([7, 2**31 + 5], np.uint32), 2**31
+"""Of random eviction: half of the keys survive."""
 SEEN: Counter = Counter()
 """What the histories of this run went through; checked at the end, so that the machine cannot pass by idling."""
+
+
+@cache
+def mix(x: int) -> int:
+    """The hash of random eviction in unbounded integers."""
+    x ^= x >> 16
+    x = x * 0x7FEB352D % 2**32
+    x ^= x >> 15
+    x = x * 0x846CA68B % 2**32
+    return x ^ x >> 16
 
 
 @dataclass
@@ -48,10 +61,14 @@ class Model:
 
 
 class PoolMachine(RuleBasedStateMachine):
-    @initialize(method=st.sampled_from(["open", "dcp", "dms"]), late=st.booleans(), seed=st.integers(0, 2**16))
+    @initialize(
+        method=st.sampled_from(["open", "dcp", "dms", "window", "random"]),
+        late=st.booleans(),
+        seed=st.integers(0, 2**16),
+    )
     def start(self, method, late, seed):
         self.rng = np.random.default_rng(seed)
-        self.method, self.late, self.units = method, late, H if method == "dms" else 1
+        self.method, self.late, self.units = method, late, H if method in ("dms", "random") else 1
         rank = RANK if method == "dcp" else 0
         self.spec = PruneSpec(block_size=N, num_kv_heads=H, head_size=D, dtype=torch.float32, num_layers=L, gate_rank=rank,
                               chunk_tokens=CHUNK)  # fmt: skip
@@ -63,14 +80,16 @@ class PoolMachine(RuleBasedStateMachine):
                                self.spec.max_grants(LONGEST))  # fmt: skip
         cache = torch.full((L, BLOCKS, H, N, 2 * D), float("nan"))
         self.store.bind(list(cache))
-        reveal = {"open": None, "dcp": Reveal.BY_QUERY, "dms": Reveal.DELAYED}[method]
+        reveal = {"open": None, "dcp": Reveal.BY_QUERY, "dms": Reveal.DELAYED}.get(method, Reveal.AT_WRITE)
+        rule = {"dcp": QueryRule(1.0, 2.5), "dms": DelayRule(0.0, DELAY), "window": WriteRule(SALTS[:1], 0, WINDOW),
+                "random": WriteRule(SALTS, LIMIT, DELAY)}.get(method)  # fmt: skip
         serving = ServedGate(reveal, rank, self.units, SINKS if reveal else 0, 0)
         self.impls = []
         for layer in range(L):
             impl = PruneCPUImpl(H * G, D, D**-0.5, H)
             state = SimpleNamespace(store=self.store, serving=serving)
             impl.attach(state, layer)
-            impl.rule = {"open": None, "dcp": QueryRule(1.0, 2.5), "dms": DelayRule(0.0, DELAY)}[method]
+            impl.rule = rule
             self.impls.append(impl)
         self.state = state
         self.running: dict[str, Model] = {}
@@ -211,6 +230,10 @@ class PoolMachine(RuleBasedStateMachine):
                 out[0, j] = hits[0] if hits else NEVER
             elif self.method == "dms" and j + 1 < t:
                 out[:, j] = np.where(f[j + 1] > 0, j + 1 + DELAY, NEVER)
+            elif self.method == "window":
+                out[0, j] = j + 1 + WINDOW
+            elif self.method == "random":
+                out[:, j] = [NEVER if mix(mix(j) ^ int(salt)) < LIMIT else j + 1 + DELAY for salt in SALTS]
         return out
 
     def attend(self, model: Model, layer: int, query: np.ndarray) -> np.ndarray:
@@ -280,7 +303,7 @@ class PoolMachine(RuleBasedStateMachine):
         # A delayed drop may be carried out at the end of the chunk before the query that would miss the key.
         last = model.covered - 1
         e = model.expiry[layer, unit]
-        done = self.method == "dms" and self.last_was_masked(model, layer, unit)
+        done = self.method in ("dms", "window", "random") and self.last_was_masked(model, layer, unit)
         return [j for j in range(model.covered) if e[j] > last + (1 if done else 0)]
 
     def last_was_masked(self, model: Model, layer: int, unit: int) -> bool:
