@@ -7,7 +7,6 @@ T tokens a window.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,15 @@ import torch
 
 from vllm_prune.errors import PruneError
 
+from .text_files import documents
+
 FIELD = "text"
 SUFFIXES = {".txt", ".md", ".rst", ".py", ".jsonl", ".parquet"}
 """What is taken from a folder; a file given by name is read as text whatever it is called."""
+
+KINDS = {".jsonl": "jsonl", ".parquet": "parquet"}
+NO_LIMIT = 2**31
+"""Characters a line: long lines are an error of training data, not here."""
 
 GIVE_TEXT = "Give UTF-8 text, JSONL or Parquet with a 'text' field, or a folder of such files."
 
@@ -77,43 +82,14 @@ def read_texts(path: Path) -> list[Text]:
 
 
 def _read(file: Path) -> Iterator[Text]:
-    if file.suffix == ".parquet":
-        yield from _read_parquet(file)
-        return
+    kind = KINDS.get(file.suffix, "text")
     try:
-        content = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise PruneError(f"{file} is no UTF-8 text: byte {error.start} is invalid.", GIVE_TEXT) from None
+        for number, row in enumerate(documents([str(file)], kind, FIELD, NO_LIMIT), 1):
+            yield Text(row["text"], file.name if kind == "text" else f"{file.name}:{number}")
+    except PruneError as error:  # its way out speaks of recipes
+        raise PruneError(error.problem, GIVE_TEXT) from None
     except OSError as error:
         raise PruneError(f"{file} cannot be read: {error}.", GIVE_TEXT) from None
-    if file.suffix != ".jsonl":
-        yield Text(content.replace("\r\n", "\n"), file.name)
-        return
-    for number, line in enumerate(content.splitlines(), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise PruneError(f"{file}, line {number} is no JSON: {error}.", GIVE_TEXT) from None
-            yield Text(_field(row, f"{file}, line {number}"), f"{file.name}:{number}")
-
-
-def _read_parquet(file: Path) -> Iterator[Text]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        column = pyarrow.parquet.read_table(file, columns=[FIELD]).column(FIELD).to_pylist()
-    except (pyarrow.ArrowException, KeyError, OSError) as error:
-        raise PruneError(f"{file} cannot be read: {error}.", GIVE_TEXT) from None
-    for number, value in enumerate(column):
-        yield Text(_field({FIELD: value}, f"{file}, row {number}"), f"{file.name}:{number}")
-
-
-def _field(row: Any, where: str) -> str:
-    if not isinstance(row, dict) or not isinstance(row.get(FIELD), str):
-        raise PruneError(f"{where} has no field '{FIELD}' with a string.", GIVE_TEXT)
-    return row[FIELD]
 
 
 def library_texts() -> list[Text]:

@@ -164,12 +164,12 @@ def test_gaps_are_filled(good: Path) -> None:
 
 BAD_DATA = {
     "empty.txt": (b"", "holds no text"),
-    "latin.txt": ("caf\u00e9".encode("latin-1"), "no UTF-8 text: byte 3"),
+    "latin.txt": ("caf\u00e9".encode("latin-1"), "no valid UTF-8 at line 1, byte 3"),
     "broken.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2 is no JSON"),
-    "field.jsonl": (b'{"content": "a"}\n', "line 1 has no field 'text'"),
-    "number.jsonl": (b'{"text": 3}\n', "line 1 has no field 'text'"),
+    "field.jsonl": (b'{"content": "a"}\n', "line 1 has no text in field 'text'"),
+    "number.jsonl": (b'{"text": 3}\n', "line 1 has no text in field 'text'"),
     "short.txt": (b"a few words", "one window needs 64"),
-    "no.parquet": (b"not parquet", "cannot be read"),
+    "no.parquet": (b"not parquet", "no Parquet file"),
 }
 
 
