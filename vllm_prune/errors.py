@@ -15,3 +15,6 @@ class PruneError(ValueError):
         super().__init__(f"vllm-prune: {problem} {way_out}")
         self.problem = problem
         self.way_out = way_out
+
+    def __reduce__(self) -> tuple[type[PruneError], tuple[str, str]]:
+        return type(self), (self.problem, self.way_out)

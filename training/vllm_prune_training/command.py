@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import ranks
+from .launch import launch
 from .recipe_file import read_recipe
-from .train import run
 
 
 def train_command(path: Path, overrides: Sequence[str], resume: bool) -> int:
@@ -18,11 +18,7 @@ def train_command(path: Path, overrides: Sequence[str], resume: bool) -> int:
         PruneError: refused (2), a loss that is no number (3), something that could not be written (4: ``exit_code``).
     """
     recipe = read_recipe(path, overrides)
-    if recipe.launch.kind != "single":
-        from .launch import launch
-
-        return launch(recipe, resume)
-    outcome = run(recipe, resume)
+    outcome = launch(recipe, resume)
     if outcome.signal:
         name = signal.Signals(outcome.signal).name
         if ranks.is_main():

@@ -10,14 +10,12 @@ and moves the optimizer to the shards. Three things are ours:
 * A checkpoint is written whole, in the files and shapes of a single process: rank 0 gathers, every rank reads. So a run
   may go on with another number of processes, or with none but its own. Rank 0 needs memory for all of it, once.
 
-What it costs to evaluate: ``whole`` gathers the root's own weights for code that does not enter through the root's
-``forward``; layers gather theirs by themselves, on all ranks together. A rank that stays away makes the others wait.
+Whatever runs the module must enter through its ``forward``, on all ranks together: weights are gathered there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,47 +23,38 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
-from torch import distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from . import ranks
+from .families import attention_modules
 
-WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.pt"
+WEIGHTS, OPTIMIZER, SCHEDULER = "model.safetensors", "optimizer.pt", "scheduler.pt"
+
+FSDP: dict[str, Any] = {
+    "fsdp": True,
+    "fsdp_config": {
+        "version": 2,
+        "state_dict_type": "FULL_STATE_DICT",
+        "cpu_ram_efficient_loading": False,  # every rank has read the weights already
+    },
+}
+"""Fields of ``TrainingArguments`` that turn FSDP2 on."""
 
 
-def fsdp_arguments(layer_classes: set[str]) -> dict[str, Any]:
-    """Fields of ``TrainingArguments`` that shard every module of these class names by itself, and the rest together."""
-    return {
-        "fsdp": True,
-        "fsdp_config": {
-            "version": 2,
-            "transformer_layer_cls_to_wrap": sorted(layer_classes),
-            "state_dict_type": "FULL_STATE_DICT",
-            "cpu_ram_efficient_loading": False,  # every rank has read the weights already
-        },
-    }
+def layer_classes(model: PreTrainedModel) -> list[str]:
+    """Names of the classes of decoder layers: each layer is gathered when it runs, and forgotten after."""
+    attentions = {id(module) for module in attention_modules(model)}
+    layers = [m for m in model.modules() if any(id(child) in attentions for child in m.children())]
+    return sorted({type(layer).__name__ for layer in layers})
 
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether FSDP2 holds any part of the module."""
     return any(isinstance(part, FSDPModule) for part in module.modules())
-
-
-@contextmanager
-def whole(module: nn.Module) -> Iterator[None]:
-    """Direct calls of what lies below a sharded root work inside this. Enter it on all ranks; nothing if not sharded."""
-    if not isinstance(module, FSDPModule):
-        yield
-        return
-    module.unshard()
-    try:
-        yield
-    finally:
-        module.reshard()
 
 
 def flatten_scalars(module: nn.Module) -> None:
@@ -76,10 +65,16 @@ def flatten_scalars(module: nn.Module) -> None:
 
 
 def _gathered(tree: Any, scalars: Collection[int] = ()) -> Any:
-    """A nested state with each sharded tensor whole, on the CPU; those whose id is in ``scalars`` without dimensions."""
+    """A nested state with each sharded tensor whole, on the CPU of rank 0; the others help and forget it at once.
+
+    Args:
+        scalars: ids of tensors that had no dimensions.
+    """
     if isinstance(tree, DTensor):
-        tensor = tree.full_tensor().cpu()
-        return tensor.reshape(()) if id(tree) in scalars else tensor
+        tensor = tree.full_tensor()
+        if not ranks.is_main():
+            return None
+        return (tensor.reshape(()) if id(tree) in scalars else tensor).cpu()
     if isinstance(tree, dict):
         return {key: _gathered(value, scalars) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
@@ -88,14 +83,21 @@ def _gathered(tree: Any, scalars: Collection[int] = ()) -> Any:
 
 
 def full_state(module: nn.Module, scalars: Collection[str] = ()) -> dict[str, torch.Tensor]:
-    """The module's whole state dict, on the CPU. Collective: every rank calls it, and every rank gets it.
+    """The module's whole state dict, on the CPU of rank 0; other ranks get {}. Collective: every rank calls it.
 
     Args:
         scalars: names of parameters that had no dimensions before ``flatten_scalars``.
     """
+    if not is_sharded(module):
+        return module.state_dict() if ranks.is_main() else {}
+    state: dict[str, torch.Tensor] = {}
+    made: dict[int, torch.Tensor] = {}  # tied weights stay tied
     with torch.no_grad():
-        state = _gathered(module.state_dict())
-    return {name: tensor.reshape(()) if name in scalars else tensor for name, tensor in state.items()}
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if id(tensor) not in made:
+                made[id(tensor)] = _gathered(tensor, {id(tensor)} if name in scalars else ())
+            state[name] = made[id(tensor)]
+    return {name: value.detach() for name, value in state.items()} if ranks.is_main() else {}
 
 
 def _placed(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -133,7 +135,7 @@ def _parts(optimizer: Optimizer) -> list[Optimizer]:
 
 
 def full_optimizer_state(optimizer: Optimizer, scalars: Collection[nn.Parameter] = ()) -> dict[str, Any]:
-    """The optimizer's state dict with whole tensors, on the CPU. Collective.
+    """The optimizer's state dict with whole tensors, on the CPU of rank 0; other ranks get {}. Collective.
 
     Args:
         scalars: parameters that had no dimensions before ``flatten_scalars``.
@@ -141,7 +143,8 @@ def full_optimizer_state(optimizer: Optimizer, scalars: Collection[nn.Parameter]
     wanted = {id(parameter) for parameter in scalars}
     owned = [values for part in _parts(optimizer) for p, values in part.state.items() if id(p) in wanted]
     with torch.no_grad():
-        return _gathered(optimizer.state_dict(), {id(value) for values in owned for value in values.values()})
+        state = _gathered(optimizer.state_dict(), {id(value) for values in owned for value in values.values()})
+    return state if ranks.is_main() else {}
 
 
 def load_full_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
@@ -157,37 +160,44 @@ def load_full_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> No
 class ShardedTrainer(Trainer):
     """A Trainer that can run FSDP2 on CPUs too, and whose checkpoints are those of a single process.
 
-    Without FSDP it is ``Trainer``.
+    Without FSDP it is ``Trainer``. Its model has the base model as ``model.model``.
     """
 
     scalars: frozenset[str] = frozenset()
+    _optimizer_state: dict[str, Any] = {}
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        if self.args.fsdp and not self.is_fsdp_enabled and self.accelerator.device.type == "cpu":
-            if self.accelerator.distributed_type is not DistributedType.MULTI_CPU:
-                raise ValueError(f"FSDP needs several processes, this is {self.accelerator.distributed_type}")
+        if not self.args.fsdp:
+            return
+        if not self.is_fsdp_enabled and self.accelerator.distributed_type is DistributedType.MULTI_CPU:
             self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
             for shared in (PartialState._shared_state, AcceleratorState._shared_state):
                 shared["distributed_type"] = DistributedType.FSDP
             self.is_fsdp_enabled = True
+        if not self.accelerator.is_fsdp2:
+            raise ValueError(f"FSDP2 is not on with {self.accelerator.distributed_type}")
+        self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = layer_classes(self.model.model)
 
     def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         # Called between the creation of the optimizer and accelerate's sharding.
         if self.is_fsdp_enabled and not is_sharded(model):
             self.scalars = frozenset(name for name, p in model.named_parameters() if p.ndim == 0)
             flatten_scalars(model)
-        return super()._wrap_model(model, *args, **kwargs)
+        return super()._wrap_model(model, *args, **kwargs)  # type: ignore[no-any-return]
 
     def full_weights(self) -> dict[str, torch.Tensor]:
-        """The whole state dict of the trained module. Collective when sharded."""
+        """The whole state dict of the trained module on rank 0. Collective when sharded."""
         return full_state(self.model, self.scalars)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return
+        # All that needs every rank comes before the first byte is written: when rank 0 fails to write, none waits.
         state = self.full_weights()
+        scalars = [p for name, p in self.model.named_parameters() if name in self.scalars]
+        self._optimizer_state = full_optimizer_state(self.optimizer.optimizer, scalars)
         if self.args.should_save:
             self._save(output_dir or self.args.output_dir, state_dict=state)
 
@@ -195,13 +205,10 @@ class ShardedTrainer(Trainer):
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        scalars = [p for name, p in self.model.named_parameters() if name in self.scalars]
-        state = full_optimizer_state(self.optimizer.optimizer, scalars)
+        state, self._optimizer_state = self._optimizer_state, {}
         if self.args.should_save:
-            folder = Path(output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.save(state, folder / OPTIMIZER)
-            torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
+            torch.save(state, Path(output_dir) / OPTIMIZER)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self.is_fsdp_enabled:
@@ -216,6 +223,4 @@ class ShardedTrainer(Trainer):
         folder = Path(checkpoint)
         state = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         load_full_optimizer_state(self.optimizer.optimizer, state)
-        self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
-        if dist.is_initialized():
-            ranks.barrier()
+        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))

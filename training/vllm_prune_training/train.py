@@ -145,7 +145,7 @@ def run(
     }  # fmt: skip
     if "ppl_soft" in measured:
         record["hard_over_soft"] = measured["ppl_hard"] / measured["ppl_soft"]
-    state = trainer.accelerator.get_state_dict(trainer.model)
+    state = trainer.full_weights()
     if ranks.is_main():
         export(recipe, trainer, tokenizer, state, record)
     ranks.barrier()

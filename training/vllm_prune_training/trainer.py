@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from vllm_prune.config import DropGateConfig
@@ -33,6 +33,7 @@ from .objectives import TrainedModel
 from .optimizers import make_optimizer, make_scheduler
 from .recipe import Recipe
 from .schedules import GammaController, alpha_at, closed_at, keep_at
+from .sharding import ShardedTrainer
 from .text_data import Batches
 
 SUMS = ("text_loss", "next_token", "kl_forward", "kl_reverse")
@@ -82,7 +83,7 @@ class Signals:
         self.restore()
 
 
-class GateTrainer(Trainer):
+class GateTrainer(ShardedTrainer):
     """See the module.
 
     Args:
