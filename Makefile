@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export VLLM_NO_USAGE_STATS = 1
 
-.PHONY: demo test lint format clean reference bench
+.PHONY: demo test lint format clean reference bench baselines
 
 demo: $(STAMP)
 	$(BIN)/vllm-prune demo
@@ -30,6 +30,16 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/decode.py --json benchmarks/results/decode.json
 	$(BIN)/python benchmarks/overhead.py --json benchmarks/results/overhead.json
 
+# An environment of its own for kvpress (benchmarks/baselines/press.py), which wants an older transformers.
+BASELINES := .venv-baselines
+baselines: $(BASELINES)/.installed
+
+$(BASELINES)/.installed: requirements/baselines.txt
+	test -x $(BASELINES)/bin/python || $(PYTHON) -m venv $(BASELINES)
+	$(BASELINES)/bin/python -m pip install -q torch==2.13.0
+	$(BASELINES)/bin/python -m pip install -q -r requirements/baselines.txt
+	touch $@
+
 # Trains the reference language model and its gates again (hours on a small CPU).
 reference: $(STAMP)
 	$(BIN)/python training/reference/make_base.py --out build/reference/base --minutes 50
@@ -46,4 +56,4 @@ $(STAMP): requirements/cpu.txt requirements/vllm-meta/pyproject.toml pyproject.t
 	touch $(STAMP)
 
 clean:
-	rm -rf build $(VENV)
+	rm -rf build $(VENV) $(BASELINES)
