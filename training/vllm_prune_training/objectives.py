@@ -210,7 +210,7 @@ class TrainedModel(nn.Module):
 
     def dense(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits [B, T, V] of a base without gates."""
-        run = self.body or self.model.get_decoder()
+        run = self.model.get_decoder() if self.body is None else self.body
         hidden = run(input_ids=ids, use_cache=False).last_hidden_state
         logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
         return logits
