@@ -120,6 +120,26 @@ def calibrate(
 
 
 @app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Gated checkpoint.")],
+    data: Annotated[Path | None, typer.Option(help="Held-out text. Default: standard library modules")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the card. Default: DIR/report")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens a window. Default: as calibrated")] = None,
+    tokens: Annotated[int, typer.Option(help="Held-out tokens.")] = 16384,
+    texts: Annotated[int, typer.Option(help="Recall texts of each task and length.")] = 4,
+    quick: Annotated[bool, typer.Option("--quick", help="Less text, at most 1024 tokens a window.")] = False,
+) -> None:
+    """Write a card: what the gates keep by layer, head, depth and kind of token, what it costs, and what is safe."""
+    try:
+        from vllm_prune_training import report_card as card
+
+        path = card.report(card.ReportOptions(folder, data, out, length, tokens, texts, quick), typer.echo)
+    except PruneError as error:
+        raise _refuse(error) from None
+    typer.echo(f"written to {path}")
+
+
+@app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="See examples/recipes and docs/training.md.")],
     overrides: Annotated[

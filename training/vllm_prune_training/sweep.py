@@ -68,7 +68,7 @@ def sweep(
     gated: GatedModel,
     ids: torch.Tensor,
     strengths: Sequence[float],
-    progress: Callable[[int, int], None] | None = None,
+    seen: Callable[[float, torch.Tensor], None] | None = None,
 ) -> list[Point]:
     """Measure every strength on every window; open gates are run once a window and compared with.
 
@@ -76,14 +76,14 @@ def sweep(
         gated: in evaluation mode.
         ids: int64 [N, T].
         strengths: 0 costs nothing extra.
-        progress: called with windows done and windows in all.
+        seen: called with each strength above 0 and the expiries [L, E, T] of each window.
 
     Returns:
         One point a strength, in the given order.
     """
     shape = (len(gated.calls), gated.gates[0].num_units)  # type: ignore[union-attr]
     sums = [_Sums(torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)) for _ in strengths]
-    for number, row in enumerate(ids):
+    for row in ids:
         dense = gated(row, "open").logits
         for strength, total in zip(strengths, sums, strict=True):
             if strength == 0.0:
@@ -95,11 +95,11 @@ def sweep(
                 logits = out.logits
                 total.kept += past_pair_kept(out.expiry)
                 total.live += final_live(out.expiry)
+                if seen is not None:
+                    seen(strength, out.expiry)
             loss, kl = losses(dense, logits, row)
             total.loss += loss
             total.kl += kl
-        if progress is not None:
-            progress(number + 1, len(ids))
     n, t = ids.shape
     return [
         Point(strength, s.kept / n, s.live / n, math.exp(s.loss / (n * (t - 1))), s.kl / (n * t))
