@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import ranks
 from .launch import launch
 from .recipe_file import read_recipe
 
@@ -19,11 +19,12 @@ def train_command(path: Path, overrides: Sequence[str], resume: bool) -> int:
     """
     recipe = read_recipe(path, overrides)
     outcome = launch(recipe, resume)
+    first = os.environ.get("RANK", "0") == "0"  # of those that an outer launcher started
     if outcome.signal:
         name = signal.Signals(outcome.signal).name
-        if ranks.is_main():
+        if first:
             print(f"stopped by {name}: step {outcome.steps} is saved in {outcome.work}; the same command goes on")
         return 128 + outcome.signal
-    if ranks.is_main():
+    if first:
         print(f"made {outcome.output}")
     return 0
