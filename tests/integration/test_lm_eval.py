@@ -111,4 +111,6 @@ def test_lm_eval_scores_what_the_gates_left(tmp_path: Path) -> None:
         for _ in range(8):
             with torch.no_grad():
                 ids.append(int(twin(torch.tensor(ids), "hard", strength=strength).logits[-1].argmax()))
-        assert sample["resps"][0][0] == tokenizer.decode(ids[prompt:], skip_special_tokens=True)
+        expected = tokenizer.decode(ids[prompt:], skip_special_tokens=True)
+        # vLLM holds a character back that has not all its bytes yet.
+        assert sample["resps"][0][0].rstrip("\ufffd") == expected.rstrip("\ufffd") != ""
