@@ -15,7 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -75,13 +75,15 @@ def decision_shift(strength: float) -> float:
 class Gate(nn.Module, ABC):
     """One layer's drop gate. ``forward`` maps the layer's normed input to features, from which expiries follow.
 
-    Class attributes declare how it is served: ``reveal``, ``scope``, ``unit`` (scale of ``decision_shift``).
+    Class attributes declare how it is served: ``reveal``, ``scope``, ``unit`` (scale of ``decision_shift``), and whether
+    rows of soft visibility depend on earlier rows (``row_carry``).
     """
 
     method: ClassVar[str]
     reveal: ClassVar[Reveal]
     scope: ClassVar[Scope]
     unit: ClassVar[float] = 1.0
+    row_carry: ClassVar[bool] = False
 
     shape: GateShape
 
@@ -138,8 +140,47 @@ class Gate(nn.Module, ABC):
 
         Returns:
             float32 [B, E, T, T] (query, key), <= 0, non-increasing in the query; 0 for j >= n. Its hard limit is
-            the expiry mask.
+            the expiry mask. Float64 for float64 features.
         """
+
+    def soft_inputs(self, features: torch.Tensor) -> torch.Tensor:
+        """All that ``visibility_rows`` depends on, token by token: features, and the gate's own parameters if it has any.
+
+        The rows are computed again in the backward pass, and gradients reach the gate's parameters through here only.
+
+        Args:
+            features: [B, T, F].
+
+        Returns:
+            float32 [B, T, F'] (float64 for float64 features).
+        """
+        return at_least_float32(features)
+
+    def visibility_rows(
+        self, inputs: torch.Tensor, start: int, carry: torch.Tensor | None, **soft: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``log_visibility`` for the query rows from ``start``, in a form that needs no T x T tensor. Torch operations
+        only, and no parameter of the gate: see ``soft_inputs``.
+
+        The default computes all rows and slices: right for any gate that has no parameters but those of ``forward``,
+        lean for none.
+
+        Args:
+            inputs: [B, S, F'], ``soft_inputs`` of tokens 0 to S - 1: rows see no later token.
+            start: first query row, 0 <= start < S.
+            carry: [B, E, S] as returned for the rows before ``start``, 0 for keys from ``start``; zeros at first. None
+                without ``row_carry``.
+            soft: as for ``log_visibility``.
+
+        Returns:
+            log V [B, E, S - start, S] and the carry [B, E, S] for the next rows (None without ``row_carry``).
+        """
+        return self.log_visibility(inputs, **soft)[:, :, start:], None
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """x in float32, or in float64 if it is already."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def expiry_mask(expiry: torch.Tensor) -> torch.Tensor:

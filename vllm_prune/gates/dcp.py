@@ -13,12 +13,22 @@ Served by query: k' is remembered per token, expiry_j = min{n > j : s[n, j] <= 0
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from vllm_prune.gates.base import NEVER, Gate, GateShape, Protection, Reveal, Scope, decision_shift, protected_from
+from vllm_prune.gates.base import (
+    NEVER,
+    Gate,
+    GateShape,
+    Protection,
+    Reveal,
+    Scope,
+    at_least_float32,
+    decision_shift,
+    protected_from,
+)
 from vllm_prune.gates.entmax import log_sigma_alpha
 
 LOG_FLOOR = -30.0
@@ -37,6 +47,7 @@ class DCPGate(Gate):
     method: ClassVar[str] = "dcp"
     reveal: ClassVar[Reveal] = Reveal.BY_QUERY
     scope: ClassVar[Scope] = Scope.LAYER
+    row_carry: ClassVar[bool] = True
 
     def __init__(self, shape: GateShape, rank: int = 32, beta: float = 2.0) -> None:
         super().__init__()
@@ -89,10 +100,28 @@ class DCPGate(Gate):
             expiry[0] = torch.where(crossed & (expiry[0] == NEVER), hit, expiry[0])
         return expiry
 
-    def log_visibility(self, features: torch.Tensor, **soft: float) -> torch.Tensor:
-        q, k = features.float().split(self.rank, dim=-1)
-        s = k @ q.transpose(-1, -2) / math.sqrt(self.rank) + self.beta.float()  # [B, T, T] (key, query)
+    def log_visibility(self, features: torch.Tensor, **soft: Any) -> torch.Tensor:
+        q, k = at_least_float32(features).split(self.rank, dim=-1)
+        s = k @ q.transpose(-1, -2) / math.sqrt(self.rank) + self.beta.to(q.dtype)  # [B, T, T] (key, query)
         t = s.shape[-1]
         past = torch.ones(t, t, dtype=torch.bool, device=s.device).triu(1)
         log_p = log_sigma_alpha(s, soft["alpha"]).masked_fill(~past, 0.0)
         return log_p.cumsum(dim=-1).clamp_min(LOG_FLOOR).transpose(-1, -2)[:, None]  # over contiguous queries: faster
+
+    def soft_inputs(self, features: torch.Tensor) -> torch.Tensor:
+        x = at_least_float32(features)
+        return torch.cat([x, self.beta.to(x.dtype).expand(*x.shape[:-1], 1)], dim=-1)
+
+    def visibility_rows(
+        self, inputs: torch.Tensor, start: int, carry: torch.Tensor | None, **soft: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The carry is the sum of log p per key over the rows so far, not clamped."""
+        assert carry is not None
+        r, t = self.rank, inputs.shape[1]
+        q, beta, k = inputs[:, start:, :r], inputs[:, start:, 2 * r :], inputs[:, :, r : 2 * r]
+        s = k @ q.transpose(-1, -2) / math.sqrt(r) + beta.transpose(-1, -2)  # [B, S, R] (key, query)
+        pos = torch.arange(t, device=s.device)
+        past = pos[:, None] < pos[start:]
+        log_p = torch.where(past, log_sigma_alpha(s, soft["alpha"]), 0.0)
+        total = log_p.cumsum(dim=-1) + carry[:, 0, :, None]
+        return total.clamp_min(LOG_FLOOR).transpose(-1, -2)[:, None], total[:, None, :, -1]

@@ -11,13 +11,23 @@ Soft twin: log V[n, j] = log sigmoid(-logit_{j+1} / tau) for n - j > w, else 0.
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vllm_prune.gates.base import NEVER, Gate, GateShape, Protection, Reveal, Scope, decision_shift, protected_from
+from vllm_prune.gates.base import (
+    NEVER,
+    Gate,
+    GateShape,
+    Protection,
+    Reveal,
+    Scope,
+    at_least_float32,
+    decision_shift,
+    protected_from,
+)
 
 LOGIT_SCALE = 100.0
 LOGIT_OFFSET = 5.0
@@ -66,11 +76,20 @@ class DMSGate(Gate):
         expiry[:, :-1] = torch.where(evict & (at < NEVER), at, NEVER)
         return expiry
 
-    def log_visibility(self, features: torch.Tensor, **soft: float) -> torch.Tensor:
+    def log_visibility(self, features: torch.Tensor, **soft: Any) -> torch.Tensor:
         b, t, _ = features.shape
-        logit = features.float() / soft["tau"]
+        logit = at_least_float32(features) / soft["tau"]
         keep = F.logsigmoid(-logit[:, 1:]).transpose(1, 2)  # [B, H, T - 1]
         keep = torch.cat([keep, keep.new_zeros(b, self.num_units, 1)], dim=-1)
         pos = torch.arange(t, device=features.device)
         late = pos[:, None] - pos[None, :] > self.delay
         return torch.where(late, keep[:, :, None, :], keep.new_zeros(()))
+
+    def visibility_rows(
+        self, inputs: torch.Tensor, start: int, carry: torch.Tensor | None, **soft: Any
+    ) -> tuple[torch.Tensor, None]:
+        # The last key's decision is not known yet; no row here may see it anyway.
+        keep = F.pad(F.logsigmoid(-inputs[:, 1:] / soft["tau"]).transpose(1, 2), (0, 1))  # [B, H, S]
+        pos = torch.arange(inputs.shape[1], device=inputs.device)
+        late = pos[start:, None] - pos > self.delay
+        return torch.where(late, keep[:, :, None, :], 0.0), None
