@@ -20,6 +20,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def launched_processes() -> int | None:
     return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in LAUNCHED) else None
 
 
-def run_here(recipe: Recipe, resume: bool, callbacks: list[Any] | None = None) -> Outcome:
+def run_here(recipe: Recipe, resume: bool) -> Outcome:
     """``run`` as one of several launched processes."""
     from accelerate import PartialState
 
@@ -75,7 +76,7 @@ def run_here(recipe: Recipe, resume: bool, callbacks: list[Any] | None = None) -
     state = PartialState(cpu=not torch.cuda.is_available())  # makes the process group
     try:
         _check_shared(Path(recipe.work_folder))
-        return run(recipe, resume, FSDP if recipe.launch.fsdp else None, callbacks)
+        return run(recipe, resume, FSDP if recipe.launch.fsdp else None)
     finally:
         # Not after a failure: others may still wait in a collective, and the launcher ends them.
         if sys.exc_info()[0] is None:
@@ -199,9 +200,9 @@ def child(task: Path) -> int:
 def launch_ray(recipe: Recipe, resume: bool) -> Outcome:
     """Run on ``launch.workers`` workers of a Ray cluster: that of ``RAY_ADDRESS``, or one of this machine's own.
 
-    A worker gets a GPU where the cluster has GPUs, else a CPU. Ray's own record of the run is in ``WORK-ray``, logged
-    losses are Ray's metrics; checkpoints are the Trainer's, in ``work``. Stopping the driver ends the workers at
-    once: the next start goes on from the last checkpoint.
+    A worker gets a GPU where the cluster has GPUs, else a CPU. Checkpoints and logs are the Trainer's, in ``work``; Ray
+    keeps what it needs for itself in ``WORK-ray``. Stopping the driver ends the workers at once: the next start goes on
+    from the last checkpoint.
     """
     try:
         import ray
@@ -213,11 +214,13 @@ def launch_ray(recipe: Recipe, resume: bool) -> Outcome:
     ours = not ray.is_initialized()
     if ours:
         if os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=True)
+            ray.init()
         else:
-            ray.init(address="local", include_dashboard=False, log_to_driver=True)
+            # Without a dashboard Ray Train warns every second that it cannot ask it.
+            quiet = ray.LoggingConfig(encoding="TEXT", log_level="ERROR")
+            ray.init(address="local", include_dashboard=False, object_store_memory=150_000_000, logging_config=quiet)
     try:
-        gpu = _check_cluster(recipe.launch.workers, ray.cluster_resources(), ray.available_resources())
+        gpu = _check_cluster(recipe.launch.workers, ray.cluster_resources(), _free(recipe.launch.workers))
         trainer = TorchTrainer(
             _ray_worker,
             train_loop_config={"recipe": _plain(recipe), "resume": resume, "folder": os.getcwd()},
@@ -234,11 +237,26 @@ def launch_ray(recipe: Recipe, resume: bool) -> Outcome:
                 if isinstance(cause, PruneError):
                     raise cause from None
             raise
-        end = (result.metrics or {})["outcome"]
-        return Outcome(Path(recipe.output), Path(recipe.work_folder), end["steps"], end["signal"])
+        steps, number = result.return_value
+        return Outcome(Path(recipe.output), Path(recipe.work_folder), steps, number)
     finally:
         if ours:
             ray.shutdown()
+
+
+def _free(workers: int, patience_s: float = 10.0) -> dict[str, float]:
+    """What is free in the cluster. Ray counts with some delay: what another run has just given back is waited for."""
+    import ray
+
+    until = time.monotonic() + patience_s
+    while True:
+        free: dict[str, float] = ray.available_resources()
+        kind = "GPU" if ray.cluster_resources().get("GPU", 0.0) > 0 else "CPU"
+        if free.get(kind, 0.0) >= workers or ray.cluster_resources().get(kind, 0.0) < workers:
+            return free
+        if time.monotonic() > until:
+            return free
+        time.sleep(0.2)
 
 
 def _check_cluster(workers: int, total: dict[str, float], free: dict[str, float]) -> bool:
@@ -274,26 +292,16 @@ def _causes(error: BaseException) -> list[BaseException]:
     return found
 
 
-def _ray_worker(told: dict[str, Any]) -> None:
-    """One worker of ``launch_ray``."""
-    import ray.train
-    from transformers import TrainerCallback
-
-    class Reports(TrainerCallback):
-        """Logged numbers as Ray's metrics; every worker logs at the same steps."""
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-            numbers = {name: float(value) for name, value in (logs or {}).items()}
-            ray.train.report({"step": state.global_step, **numbers})
-
+def _ray_worker(told: dict[str, Any]) -> tuple[int, int]:
+    """One worker of ``launch_ray``: steps done, and the signal that stopped it or 0."""
     if not Path(told["folder"]).is_dir():
         raise PruneError(
             f"the folder {told['folder']}, where the command was started, is not on every machine.",
             "Start it in a folder that all machines share.",
         )
     os.chdir(told["folder"])
-    end = run_here(Recipe.model_validate(told["recipe"]), told["resume"], [Reports()])
-    ray.train.report({"outcome": {"steps": end.steps, "signal": end.signal}})
+    end = run_here(Recipe.model_validate(told["recipe"]), told["resume"])
+    return end.steps, end.signal
 
 
 if __name__ == "__main__":
