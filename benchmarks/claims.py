@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM
 from vllm_prune_training.evaluate import held_out_perplexity, recall_accuracy, task_accuracy
 from vllm_prune_training.gate_evaluation import AsCausalLM
 from vllm_prune_training.masked import load_gated
-from vllm_prune_training.packing import Corpus, load_corpus
-from vllm_prune_training.recency import distance_fit
+from vllm_prune_training.packing import Corpus, held_out_blocks, load_corpus
+from vllm_prune_training.recency import draw_pairs, explain
 from vllm_prune_training.recipe import Recipe
 from vllm_prune_training.train import run
 
@@ -88,7 +88,10 @@ def measure(folder: Path, corpus: Corpus, gated: bool, blocks: int, tasks: int) 
         if "hard_over_soft" in record:
             row["hard_over_soft"] = record["hard_over_soft"]
         if record["recipe"]["gate"]["method"] == "dcp":
-            row["distance_only"] = distance_fit(model, corpus.tokens("held_out"), T)
+            with torch.no_grad():
+                expiries = [model(ids, "hard").expiry for ids in held_out_blocks(corpus, T, min(32, blocks))]
+            found = explain(draw_pairs(expiries, 40_000))  # type: ignore[arg-type]
+            row["distance_only_auc"] = found.mean_auc
     else:
         judged = AutoModelForCausalLM.from_pretrained(folder).eval()
         row["ppl"] = held_out_perplexity(judged, corpus, T, blocks)
@@ -148,8 +151,8 @@ def summary(seeds: dict[str, dict[str, Any]]) -> dict[str, Any]:
             found["kept"] = over([row["kept"] for row, _ in rows])
         if "hard_over_soft" in rows[0][0]:
             found["hard_over_soft"] = over([row["hard_over_soft"] for row, _ in rows])
-        if "distance_only" in rows[0][0]:
-            found["distance_only_auc"] = over([row["distance_only"]["auc"] for row, _ in rows])
+        if all(row.get("distance_only_auc") is not None for row, _ in rows):
+            found["distance_only_auc"] = over([row["distance_only_auc"] for row, _ in rows])
         table[name] = found
     return table
 
