@@ -52,7 +52,7 @@ def recipe(corpus: Path, out: Path, model: Any, gate: dict[str, Any], steps: int
         "data": {"train": [{"path": str(corpus / "train.parquet"), "format": "parquet"}],
                  "held_out": [{"path": str(corpus / "held_out.parquet"), "format": "parquet"}],
                  "tasks": {"share": 0.4, "names": NAMES}, "check": "lazy"},
-        "training": {"steps": steps, "lengths": T, "batch_tokens": 8192, "optimizer": "muon", "adam_lr": 2e-3,
+        "training": {"steps": steps, "lengths": T, "batch_tokens": 4096, "optimizer": "muon", "adam_lr": 2e-3,
                      "lr": 0.015 if isinstance(model, dict) else 0.006, "gate_lr": 4e-3, "bias_lr": 0.03,
                      "schedule": "trapezoid", "seed": seed, "log_steps": 25, "save_steps": 100000,
                      "eval_steps": 100000, "eval_tokens": 32768, "compile": True},
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, default=Path("build/reference/corpus"))
     parser.add_argument("--work", type=Path, default=Path("build/claims"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=480, help="of the base; a quarter of them for each of the others")
+    parser.add_argument("--steps", type=int, default=500, help="of the base; a quarter of them for each of the others")
     options = parser.parse_args()
     started = time.perf_counter()
     steps, seeds, blocks, tasks = options.steps, options.seeds, 256, 48
@@ -174,7 +174,7 @@ def main() -> None:
         options.work = options.work / "quick"
     corpus = load_corpus(options.corpus)
     rows = {str(seed): one_seed(seed, options.corpus, corpus, options.work, steps, blocks, tasks) for seed in seeds}
-    values = {"shape": SHAPE, "length": T, "steps": {"base": steps, "others": steps // 4}, "batch_tokens": 8192,
+    values = {"shape": SHAPE, "length": T, "steps": {"base": steps, "others": steps // 4}, "batch_tokens": 4096,
               "summary": summary(rows), "seeds": rows}  # fmt: skip
     text = json.dumps({"quick": options.quick, **values, **origin(torch.get_num_threads(), started)}, indent=1)
     if options.json:
