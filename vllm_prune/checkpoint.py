@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,23 @@ def gated_architecture(base: str) -> str:
     return GATED_ARCHITECTURES.get(base, GENERIC_ARCHITECTURE)
 
 
+def save_gates(path: Path, gates: Sequence[Gate], section: DropGateConfig) -> None:
+    """Write a gate file: float32 tensors of every layer, and in its metadata what the gates are, so that it can travel.
+
+    Args:
+        path: of the file.
+        gates: one a layer.
+        section: of the checkpoint; provenance and calibration are left out.
+    """
+    tensors = {
+        f"{TENSOR_PREFIX}.{layer}.{name}": tensor.detach().to(torch.float32).contiguous().cpu()
+        for layer, gate in enumerate(gates)
+        for name, tensor in gate.state_dict().items()
+    }
+    described = json.dumps(section.model_dump(mode="json", exclude={"provenance", "calibration"}))
+    save_file(tensors, path, metadata={"format": "pt", "method": section.method, SECTION: described})
+
+
 def add_gates(folder: Path, gates: list[Gate], section: dict[str, Any], architecture: str | None = None) -> None:
     """Turn an ordinary Hugging Face model folder into a gated checkpoint, in place.
 
@@ -70,13 +88,7 @@ def add_gates(folder: Path, gates: list[Gate], section: dict[str, Any], architec
         **section,
     }
     checked = DropGateConfig.model_validate(full)
-    tensors = {
-        f"{TENSOR_PREFIX}.{layer}.{name}": tensor.detach().to(torch.float32).contiguous().cpu()
-        for layer, gate in enumerate(gates)
-        for name, tensor in gate.state_dict().items()
-    }
-    described = json.dumps(checked.model_dump(mode="json", exclude={"provenance", "calibration"}))
-    save_file(tensors, folder / GATE_FILE, metadata={"format": "pt", "method": checked.method, SECTION: described})
+    save_gates(folder / GATE_FILE, gates, checked)
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     base = config["architectures"][0]

@@ -165,5 +165,40 @@ def train(
     raise typer.Exit(code)
 
 
+@app.command()
+def export(
+    base: Annotated[Path, typer.Option(help="Base model's folder, with safetensors weights.")],
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    gates: Annotated[Path | None, typer.Option(help="Gated folder, or its drop_gate.safetensors.")] = None,
+    method: Annotated[str | None, typer.Option(help="Gates without training: window or random.")] = None,
+    params: Annotated[str, typer.Option(help="""Of the method, JSON: '{"window": 512}'.""")] = "{}",
+    protect: Annotated[str, typer.Option(help="""With --method, JSON: '{"sinks": 4}'.""")] = "{}",
+    strength: Annotated[float | None, typer.Option(help="Default: the gates' own.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out when it holds something.")] = False,
+    other_weights: Annotated[
+        bool, typer.Option("--other-weights", help="Allow a base that the gates were not trained on.")
+    ] = False,
+) -> None:
+    """Put base weights and gates into one folder that `vllm serve` takes: weights linked, not copied."""
+    import shlex
+    import sys
+
+    try:
+        from vllm_prune_training import export as command
+        from vllm_prune_training.baseline_gates import read_params
+
+        made = command.export(
+            command.ExportOptions(
+                base, out, gates, method, read_params(params), read_params(protect), strength, overwrite, other_weights,
+                shlex.join(["vllm-prune", *sys.argv[1:]]),
+            )
+        )  # fmt: skip
+    except PruneError as error:
+        raise _refuse(error) from None
+    if made.placed.copied:
+        typer.echo(f"copied, for want of hard links: {', '.join(made.placed.copied)}")
+    typer.echo(f"written to {made.folder}: {len(made.placed.linked)} weight files linked, {made.section.method} gates")
+
+
 if __name__ == "__main__":
     app()
