@@ -47,6 +47,14 @@ def launch(recipe: Recipe, resume: bool = True) -> Outcome:
         RuntimeError: a process died otherwise.
     """
     kind, workers, outside = recipe.launch.kind, recipe.launch.workers, launched_processes()
+    for _, length in recipe.training.phases:
+        rows = recipe.training.batch_tokens // length
+        if rows % workers:
+            raise PruneError(
+                f"training.batch_tokens {recipe.training.batch_tokens} makes {rows} sequences of {length} tokens, which "
+                f"launch.workers {workers} cannot share equally.",
+                f"Make training.batch_tokens a multiple of {workers} times each of training.lengths.",
+            )
     if outside is not None and (outside > 1 or kind == "accelerate"):
         if kind != "accelerate" or workers != outside:
             raise PruneError(
@@ -211,6 +219,7 @@ def launch_ray(recipe: Recipe, resume: bool) -> Outcome:
     except ImportError as error:
         raise PruneError(f"launch.kind ray needs Ray Train ({error}).", "Install vllm-prune[ray].") from None
 
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it prints every line twice
     ours = not ray.is_initialized()
     if ours:
         if os.environ.get("RAY_ADDRESS"):
