@@ -1,22 +1,25 @@
 #!/bin/sh
-# Gate training of both reference checkpoints, once the base model is there. Run from the repository root:
-#   training/reference/make_reference.sh [BASE] [DCP minutes] [DMS minutes] [folder of the checkpoints]
+# Gates on the reference base model, once it is there: DCP at four kept fractions, each going on from the one before; the
+# same number of steps dense, for comparison; DMS at 8x. What is finished is not made again. From the repository root:
+#   training/reference/make_reference.sh [BASE] [FOLDER]
 set -eu
 base=${1:-build/reference/base}
-dcp=${2:-31}
-dms=${3:-12}
-out=${4:-examples}
-python=${PYTHON:-.venv/bin/python}
-logs=$(dirname "$base")
+out=${2:-build/reference}
+train="${PYTHON_BIN:-.venv/bin}/vllm-prune train"
 
-until [ -s "$base/model.safetensors" ] && [ -s "$base/tokenizer_config.json" ]; do sleep 5; done
-sleep 3
-one() {  # a second try continues from the last checkpoint, without torch.compile
-    method=$1 minutes=$2
+until [ -s "$base/model.safetensors" ] && [ -s "$base/tokenizer_config.json" ]; do sleep 2; done
+one() {  # recipe, name, overrides
+    recipe=$1 name=$2
     shift 2
-    "$python" training/reference/make_gates.py --base "$base" --method "$method" --minutes "$minutes" \
-        --out "$out/reference-$method" --work "$logs/$method-work" "$@" >>"$logs/$method.log" 2>&1
+    [ -d "$out/$name" ] || $train "examples/recipes/$recipe.yaml" --set output="$out/$name" "$@" >>"$out/$name.log" 2>&1
 }
-one dcp "$dcp" || one dcp "$dcp" --set compile=false || echo "dcp failed" >>"$logs/dcp.log"
-one dms "$dms" || one dms "$dms" --set compile=false || echo "dms failed" >>"$logs/dms.log"
-echo "done" >>"$logs/dms.log"
+one dcp-reference dcp-0.5 --set model="$base" --set objective.keep=0.5
+before=$out/dcp-0.5
+for keep in 0.3 0.2 0.1; do
+    one dcp-reference "dcp-$keep" --set model="$before" --set gate.init_from="$before" --set objective.keep=$keep \
+        --set training.steps=100 --set objective.ramp=0.3 \
+        --set 'objective.alpha={schedule: linear, start: 4.0, end: 8.0, until: 0.7}'
+    before=$out/dcp-$keep
+done
+one dense-reference dense --set model="$base"
+one dms-reference dms --set model="$base"
