@@ -180,9 +180,9 @@ def _backward(
     """Gradients of query, key, value and inputs, summed over the blocks in float32 or better."""
     module, run, soft = _gates[gate], _run(compiled), _soft(words, tensors)
     wide = inputs.dtype
-    d_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-    d_key, d_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
-    d_inputs = torch.zeros_like(inputs)
+    plain = torch.contiguous_format  # transposed inputs, as attention modules make them, have plain gradients
+    d_query = torch.empty_like(query, memory_format=plain)
+    d_key, d_value, d_inputs = (torch.zeros_like(x, dtype=wide, memory_format=plain) for x in (key, value, inputs))
     d_carry: Tensor | None = None
     with torch.enable_grad(), torch.autocast(query.device.type, enabled=False):
         for i, (start, stop) in reversed(list(enumerate(_blocks(query.shape[2], rows)))):
