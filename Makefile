@@ -43,7 +43,8 @@ $(BASELINES)/.installed: requirements/baselines.txt
 # Trains the reference language model and its gates again (hours on a small CPU).
 reference: $(STAMP)
 	$(BIN)/python training/reference/make_base.py --out build/reference/base --minutes 50
-	$(BIN)/python training/reference/make_gates.py --base build/reference/base --method dcp --out build/reference/dcp --minutes 35
+	$(BIN)/python training/reference/make_corpus.py
+	for kind in dense dcp dms; do $(BIN)/vllm-prune train examples/recipes/$$kind-reference.yaml || exit; done
 
 # torch first, from its CPU build where one is offered; vLLM's CPU build without the requirements that have none.
 $(STAMP): requirements/cpu.txt requirements/lm-eval.txt requirements/vllm-meta/pyproject.toml pyproject.toml vllm_prune/cache/lanes.c vllm_prune/cache/steps.c vllm_prune/cache/lanes.h

@@ -17,17 +17,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from vllm_prune.errors import PruneError
 from vllm_prune.gates import Gate
 
 ROWS = 256
 """R unless said otherwise."""
 
 _gates: WeakValueDictionary[int, Gate] = WeakValueDictionary()
+_checked: WeakSet[Gate] = WeakSet()
 _compiled: list[Callable[..., Any]] = []
 
 
@@ -179,6 +181,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and inputs, summed over the blocks in float32 or better."""
     module, run, soft = _gates[gate], _run(compiled), _soft(words, tensors)
+    _check_inputs(module, inputs, soft)
     wide = inputs.dtype
     plain = torch.contiguous_format  # transposed inputs, as attention modules make them, have plain gradients
     d_query = torch.empty_like(query, memory_format=plain)
@@ -196,7 +199,9 @@ def _backward(
             if after is not None:
                 outputs.append(after)
                 grads.append(torch.zeros_like(after) if d_carry is None else d_carry[..., :stop])
-            found = torch.autograd.grad(outputs, leaves, grads)
+            # A gate without parameters: what is kept has no gradient, and its inputs are not used.
+            pairs = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad]
+            found = torch.autograd.grad([o for o, _ in pairs], leaves, [g for _, g in pairs], materialize_grads=True)
             d_query[:, :, start:stop] = found[0]
             d_key[:, :, :stop] += found[1]
             d_value[:, :, :stop] += found[2]
@@ -204,6 +209,21 @@ def _backward(
             if before:
                 d_carry = found[4]
     return d_query, d_key.to(key.dtype), d_value.to(value.dtype), d_inputs
+
+
+def _check_inputs(gate: Gate, inputs: Tensor, soft: dict[str, Any]) -> None:
+    """Refuse a gate whose rows read a parameter directly: recomputed here, its gradient would be lost without a word."""
+    if gate in _checked:
+        return
+    carry = inputs.new_zeros(inputs.shape[0], gate.num_units, 1) if gate.row_carry else None
+    with torch.enable_grad():
+        log_v, _ = gate.visibility_rows(inputs[:, :1].detach(), 0, carry, **soft)
+    if log_v.requires_grad:
+        raise PruneError(
+            f"visibility_rows of {type(gate).__name__} reads a parameter of the gate, which would get no gradient.",
+            "Hand the parameter through soft_inputs, or train with visibility='naive'.",
+        )
+    _checked.add(gate)
 
 
 def _backward_fake(grad_out, grad_kept, query, key, value, inputs, *rest):  # type: ignore[no-untyped-def]

@@ -331,6 +331,8 @@ class _Steps(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer, training = self.trainer, self.trainer.recipe.training
         step = state.global_step
+        if ranks.world_size() == 1:  # several have to agree first: they stop after the next step
+            trainer.interrupted = trainer.signals.number
         if trainer.interrupted:
             control.should_training_stop = control.should_save = True
         if step % training.save_steps == 0 or step >= training.steps:
