@@ -101,7 +101,7 @@ def test_the_tables_state_what_was_measured(dense: bool) -> None:
         show(console, result)
     text = capture.get()
     assert "25.0%" in text and "2.718" in text and "1 rules" in text
-    assert "0.31" in text and "1.25" in text  # MiB of the kept keys and of all
-    assert ("cannot do it open: excluded" in text) == dense
-    assert ("ratio 1.6487" in text) == dense
+    assert "0.31 / 1.25" in text and "6.0 / 10.0" in text  # MiB of the kept keys and of all
+    assert ("cannot do these with gates open (score below 0.5), excluded: unable at 512" in text) == dense
+    assert ("x 1.649" in text) == dense
     assert ("was not checked" in text) == (not dense)

@@ -12,16 +12,16 @@ MIB = 1 << 20
 
 
 def _interval(pair: Any, digits: int = 2) -> str:
-    return "" if pair is None else f" [{pair[0]:.{digits}f}, {pair[1]:.{digits}f}]"
+    return "" if pair is None else f" ({pair[0]:.{digits}f}-{pair[1]:.{digits}f})"
 
 
 def _values(row: dict[str, Any]) -> tuple[str, str, str]:
     """Gated value, open value, remark."""
     opened = row.get("open")
     if "perplexity" in row:
-        ratio = f"ratio {row['ratio']:.4f}{_interval(row['ratio_interval'], 4)}" if opened else ""
+        ratio = f"x {row['ratio']:.3f}{_interval(row['ratio_interval'], 3)}" if opened else ""
         return f"{row['perplexity']:.3f}", f"{opened['perplexity']:.3f}" if opened else "-", ratio
-    remark = "cannot do it open: excluded" if row.get("excluded") else ""
+    remark = "excluded" if row.get("excluded") else ""
     if "obeyed" in row:
         rules = row["obeyed"]
         text = f"{rules['obeyed']:.1f} of {rules['rules']:.3g} rules, spread {rules['spread']:.2f}"
@@ -33,24 +33,25 @@ def _values(row: dict[str, Any]) -> tuple[str, str, str]:
 def show(console: Console, result: dict[str, Any]) -> None:
     """Print scores and what they cost in memory. ``result``: as written to JSON (``main.run_eval``)."""
     gate = result["gate"]
-    title = f"{gate['method']} gates at strength {gate['strength']:g}, through the engine; 95 % intervals"
+    title = f"{gate['method']} gates at strength {gate['strength']:g}, with 95 % intervals; open: gates open"
     table = Table(title=title, title_justify="left")
-    for name in ("task", "length", "n", "gated", "gates open"):
+    for name in ("task", "length", "n", "gated", "open"):
         table.add_column(name, justify="right" if name in ("length", "n") else "left", no_wrap=True)
-    table.add_column("")
-    costs = Table(title="Measured for a request; dense: what stock vLLM holds", title_justify="left")
+    table.add_column("", overflow="fold")
+    costs = Table(title="Measured for a request; after the slash: what stock vLLM holds", title_justify="left")
     costs.add_column("task", no_wrap=True)
-    for name in ("length", "kept", "KV MiB", "dense MiB", "peak blocks", "end blocks", "dense blocks", "open peak"):
+    for name in ("length", "kept", "KV MiB", "peak blocks", "end blocks", "open peak"):
         costs.add_column(name, justify="right")
     for row in result["rows"]:
         style = "dim" if row.get("excluded") else None
         table.add_row(escape(row["task"]), str(row["length"]), str(row["samples"]), *_values(row), style=style)
         used = row["memory"]
         opened = row.get("open", {}).get("memory")
+        dense = f" / {used['dense_blocks']:.1f}"
         costs.add_row(
-            escape(row["task"]), str(row["length"]), f"{used['kept_fraction']:.1%}", f"{used['kv_bytes'] / MIB:.2f}",
-            f"{used['dense_kv_bytes'] / MIB:.2f}", f"{used['blocks_peak']:.1f}", f"{used['blocks_held']:.1f}",
-            f"{used['dense_blocks']:.1f}", f"{opened['blocks_peak']:.1f}" if opened else "-",
+            escape(row["task"]), str(row["length"]), f"{used['kept_fraction']:.1%}",
+            f"{used['kv_bytes'] / MIB:.2f} / {used['dense_kv_bytes'] / MIB:.2f}", f"{used['blocks_peak']:.1f}{dense}",
+            f"{used['blocks_held']:.1f}{dense}", f"{opened['blocks_peak']:.1f}" if opened else "-",
         )  # fmt: skip
     console.print(table)
     console.print(costs)
@@ -61,7 +62,10 @@ def show(console: Console, result: dict[str, Any]) -> None:
     elif mean["excluded"]:
         console.print("No row counts: the model can do none of these tasks with gates open.")
     if mean["excluded"]:
-        console.print(f"Left out, below {mean['excluded_below']:g} with gates open: {', '.join(mean['excluded'])}.")
+        names = ", ".join(mean["excluded"])
+        console.print(
+            f"The model cannot do these with gates open (score below {mean['excluded_below']:g}), excluded: {names}."
+        )
     if not mean["checked_open"]:
         console.print(
             "Whether the model can do these tasks at all was not checked: --dense runs them with gates open too."
