@@ -35,6 +35,7 @@ from baselines.case_file import Case, Row, save_cases
 from baselines.cases import CasePlan, make_cases
 from baselines.table import as_json, markdown, plot, summarize
 from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 from vllm_prune_training.packing import Corpus, load_corpus
 from vllm_prune_training.provenance import git_commit
 
@@ -131,6 +132,7 @@ def logit_check(model: ours.Model, cases: Sequence[Case]) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     torch.set_num_threads(args.threads)
+    disable_progress_bar()
     started, plan = time.time(), plan_of(args)
     corpus = open_corpus(args.corpus, args.model, plan)
     cases = make_cases(corpus, plan)
@@ -138,7 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     calibration = [case for case in cases if case.split == "calibration"]
     seconds: dict[str, float] = {}
     rows: list[Row] = []
-    strengths: dict[str, float | None] = {}
+    strengths: dict[str, float] = {}
+    notes: list[str] = []
 
     def timed(name: str, more: Any) -> None:
         at = time.time()
@@ -162,13 +165,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name, _, folder = item.partition("=")
         open_corpus(args.corpus, Path(folder), plan)
         timed(
-            name, ours.gated_rows(ours.load_with_gates(Path(folder)), name, test, calibration, args.budgets, strengths)
+            name,
+            ours.gated_rows(
+                ours.load_with_gates(Path(folder)), name, test, calibration, args.budgets, strengths, notes
+            ),
         )
     lines = summarize(rows)
-    notes = [f"Presses left out: {presses['left_out']}."] if "left_out" in presses else []
-    notes += [
-        f"{key}: not reached by any strength up to {ours.MAX_STRENGTH:g}." for key, s in strengths.items() if s is None
-    ]
+    if "left_out" in presses:
+        notes.append(f"Presses left out: {presses['left_out']}.")
     result = {
         "what": PROTOCOL, "command": " ".join(["python", "benchmarks/quality.py", *(arguments or sys.argv[1:])]),
         "commit": git_commit(), "versions": {name: version(name) for name in ("torch", "transformers")},

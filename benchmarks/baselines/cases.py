@@ -24,7 +24,7 @@ class CasePlan:
         continuation: tokens of it.
         tasks: recall tasks of each kind, and contexts of each synthetic task.
         questions: of one context.
-        calibration: cases of text and of each recall kind on which strengths are fitted.
+        calibration: cases of text and of each kind of task on which strengths are fitted.
         names: synthetic tasks beside recall.
     """
 
@@ -97,6 +97,7 @@ def make_cases(corpus: Corpus, plan: CasePlan) -> list[Case]:
             split = "calibration" if i >= plan.tasks else "test"
             cases.append(recall_case(tokenizer, kind, SEED + 1000 * k + i, plan, filler, split))
     for k, name in enumerate(plan.names):
-        for i in range(plan.tasks):
-            cases.append(haystack_case(tokenizer, name, SEED + 100_000 + 1000 * k + i, plan, filler, "test"))
+        for i in range(plan.tasks + plan.calibration):
+            split = "calibration" if i >= plan.tasks else "test"
+            cases.append(haystack_case(tokenizer, name, SEED + 100_000 + 1000 * k + i, plan, filler, split))
     return cases

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -102,21 +103,25 @@ class Knob:
     Args:
         model: with gates.
         cases: contexts to measure on.
+        shares: weight of each task, as in the test; None weighs cases alike.
     """
 
-    def __init__(self, model: Model, cases: Sequence[Case]) -> None:
+    def __init__(self, model: Model, cases: Sequence[Case], shares: Mapping[str, float] | None = None) -> None:
         self.model, self.cases = model, cases
+        tasks = [case.task for case in cases]
+        self.weights = [1.0 if shares is None else shares[task] / tasks.count(task) for task in tasks]
         self.known: dict[float, float] = {}
 
     def kept(self, strength: float) -> float:
-        """Mean over the cases of the fraction of context keys held at the end of the context."""
+        """Weighted mean over the cases of the fraction of context keys held at the end of the context."""
         if strength not in self.known:
             found = []
             for case in self.cases:
                 policy = GatePolicy(self.model.gates, self.model.section, strength)  # type: ignore[arg-type]
                 self.model.runner.context(case.context, policy)
                 found.append(policy.kept())
-            self.known[strength] = sum(found) / len(found)
+            total = sum(weight * kept for weight, kept in zip(self.weights, found, strict=True))
+            self.known[strength] = total / sum(self.weights)
         return self.known[strength]
 
     def strength_for(self, budget: float, steps: int = 8) -> float | None:
@@ -148,15 +153,20 @@ class Knob:
 
 def gated_rows(
     model: Model, name: str, cases: Sequence[Case], calibration: Sequence[Case], budgets: Sequence[float],
-    strengths: dict[str, float | None],
+    strengths: dict[str, float], notes: list[str],
 ) -> Iterator[Row]:  # fmt: skip
-    """A gated checkpoint with open gates, then at the strengths that reach the budgets; these go into ``strengths``."""
+    """A gated checkpoint with open gates, then at the strengths that reach the budgets; these go into
+    ``strengths``, and budgets that none reaches into ``notes``."""
     yield from dense_rows(model, cases, f"{name} (open)")
-    knob = Knob(model, calibration)
+    knob = Knob(model, calibration, Counter(case.task for case in cases))
     for budget in budgets:
-        strength = strengths[f"{name}@{budget}"] = knob.strength_for(budget)
+        strength = knob.strength_for(budget)
         if strength is None:
+            notes.append(
+                f"{name} does not reach {budget:g}: strength {MAX_STRENGTH:g} keeps {knob.kept(MAX_STRENGTH):.3f}."
+            )
             continue
+        strengths[f"{name}@{budget:g}"] = strength
         for case in cases:
             policy = GatePolicy(model.gates, model.section, strength)  # type: ignore[arg-type]
             yield run_case(model, case, name, budget, policy)

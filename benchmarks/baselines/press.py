@@ -27,6 +27,7 @@ import kvpress
 import torch
 from baselines.case_file import Case, Row, judge, load_cases
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 LOGIT_TOLERANCE = 1e-4
 """Largest absolute difference from our logits, divided by the largest of these, that lets a run start."""
@@ -167,6 +168,7 @@ def main() -> None:
     if not all(0.0 < budget <= 1.0 for budget in args.budgets):
         parser.error("--budgets must lie in (0, 1]")
     torch.set_num_threads(args.threads)
+    disable_progress_bar()
     cases, check = load_cases(args.cases)
     model = load_model(args.model)
     miss = check_logits(model, check)

@@ -19,8 +19,9 @@ LAYERS, KV_HEADS, VOCAB = 2, 2, 64
 
 def tiny(seed: int = 0) -> torch.nn.Module:
     torch.manual_seed(seed)
-    config = Qwen3Config(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, max_position_embeddings=256,
-                         num_attention_heads=4, num_key_value_heads=KV_HEADS, head_dim=16)  # fmt: skip
+    config = Qwen3Config(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS,
+                         num_attention_heads=4, num_key_value_heads=KV_HEADS, head_dim=16,
+                         max_position_embeddings=256)  # fmt: skip
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for weight in model.parameters():
