@@ -125,7 +125,9 @@ class Calibration(_Strict):
         for before, after in zip(self.rows, self.rows[1:], strict=False):
             if keep >= before.kept:
                 return before.strength
-            if keep >= after.kept:
+            if keep == after.kept:
+                return after.strength
+            if keep > after.kept:
                 share = (before.kept - keep) / (before.kept - after.kept)
                 a, b = _coordinate(before.strength), _coordinate(after.strength)
                 return min(after.strength, _strength(a + share * (b - a)))

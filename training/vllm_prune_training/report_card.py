@@ -133,7 +133,7 @@ def report(options: ReportOptions, say: Say = lambda _: None) -> Path:
         served, dense.ppl, table, calibrated, explain(recency_pairs),
         None if classes is None else class_shares(classes, expiries), rows,
     )  # fmt: skip
-    distances = sorted({round(d) for d in np.geomspace(1, length - 1, 24)})
+    distances = sorted({round(d) for d in np.geomspace(1, 0.75 * length, 24)})  # beyond, few keys are left
     out = options.out or options.folder / "report"
     try:
         out.mkdir(parents=True, exist_ok=True)
