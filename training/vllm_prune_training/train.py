@@ -23,6 +23,7 @@ from vllm_prune.errors import PruneError
 from . import ranks
 from .build import make_base, make_gates, make_tokenizer, make_trained
 from .checkpoints import SaveFailed, check_same, checkpoints, publish, put_aside, read_run
+from .gate_export import readme
 from .provenance import git_commit
 from .recipe import NO_GATES, Recipe
 from .text_data import Batches, held_out_windows
@@ -197,6 +198,7 @@ def export(
                 "provenance": {**brief, "data_sha256": [row["sha256"] for row in record["data"]]},
             })  # fmt: skip
         (made / "record.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (made / "README.md").write_text(readme(made), encoding="utf-8")
         shutil.copy(Path(recipe.work_folder) / "log.jsonl", made / "log.jsonl")
         publish(made, output)
     except OSError as error:
