@@ -120,6 +120,8 @@ def sharded(single: Path) -> Path:
 
 def test_fsdp2_equals_one_process(sharded: Path) -> None:
     assert_same(sharded, "fsdp", "single")
+    record = json.loads((sharded / "fsdp" / "record.json").read_text())
+    assert (record["processes"], record["sharded"]) == (2, True)
     names = {path.name for path in (sharded / "fsdp-work" / "checkpoint-3").iterdir()}
     assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "run.json", "rng_state_1.pth"} <= names
 
@@ -235,4 +237,6 @@ def test_ray_train_equals_one_process(single: Path) -> None:
     assert f"output {single / 'ray'} is there already" in said["refused"]
     assert "4 workers with a CPU each, the Ray cluster has 2." in said["too many"]
     assert_same(single, "ray-full", "single")
+    record = json.loads((single / "ray-full" / "record.json").read_text())
+    assert (record["processes"], record["sharded"]) == (2, False)
     assert_same(single, "ray", "ray-full", tolerance=0.0, since=4)

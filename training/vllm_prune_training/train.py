@@ -26,6 +26,7 @@ from .checkpoints import SaveFailed, check_same, checkpoints, publish, put_aside
 from .gate_export import readme
 from .provenance import git_commit
 from .recipe import NO_GATES, Recipe
+from .sharding import is_sharded
 from .text_data import Batches, held_out_windows
 from .text_files import find_files, inspect
 from .trainer import GateTrainer
@@ -140,7 +141,8 @@ def run(
         "recipe": recipe.model_dump(by_alias=True), "git_commit": git_commit(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in VERSIONS}, "python": platform.python_version(),
-        "threads": torch.get_num_threads(), "processes": ranks.world_size(), "data": data, "steps": steps,
+        "threads": torch.get_num_threads(), "processes": ranks.world_size(), "sharded": is_sharded(trainer.model),
+        "data": data, "steps": steps,
         "tokens_seen": trainer.tokens_seen, "seconds_this_process": round(time.time() - started, 1),
         "last_step": trainer.stats, "held_out": {"length": longest, "windows": len(windows), **measured},
     }  # fmt: skip
