@@ -56,7 +56,8 @@ def recipe_of(plain: dict[str, Any], **changes: Any) -> Recipe:
     """A recipe with changes of sections by name."""
     plain = copy.deepcopy(plain)
     for section, value in changes.items():
-        plain[section] = {**plain[section], **value} if isinstance(plain.get(section), dict) else value
+        both = isinstance(plain.get(section), dict) and isinstance(value, dict)
+        plain[section] = {**plain[section], **value} if both else value
     return parse_recipe(plain, "recipe")
 
 
