@@ -147,14 +147,30 @@ def full_optimizer_state(optimizer: Optimizer, scalars: Collection[nn.Parameter]
     return state if ranks.is_main() else {}
 
 
+def _placed_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A whole state with each tensor as its parameter lies. A composed optimizer keeps its parts' states under their
+    attributes' names."""
+    if "param_groups" not in state:
+        return {name: _placed_state(getattr(optimizer, name), part) for name, part in state.items()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    placed = {}
+    for index, values in state["state"].items():
+        like = parameters[index]
+        placed[index] = {
+            key: _placed(value, like)
+            if isinstance(value, torch.Tensor) and key != "step" and value.numel() == like.numel()
+            else value
+            for key, value in values.items()
+        }
+    return {**state, "state": placed}
+
+
 def load_full_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Restore an optimizer over (sharded) parameters from a whole state that every rank has."""
-    optimizer.load_state_dict(state)
-    for part in _parts(optimizer):
-        for parameter, values in part.state.items():
-            for key, value in values.items():
-                if key != "step" and isinstance(value, torch.Tensor) and value.numel() == parameter.numel():
-                    values[key] = _placed(value, parameter)
+    """Restore an optimizer over (sharded) parameters from a whole state that every rank has.
+
+    It is divided before the optimizer sees it, which would put all of it on the parameters' device.
+    """
+    optimizer.load_state_dict(_placed_state(optimizer, state))
 
 
 class ShardedTrainer(Trainer):
