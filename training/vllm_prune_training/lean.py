@@ -39,6 +39,15 @@ def register(gate: Gate) -> int:
     return id(gate)
 
 
+def _gate(number: int) -> Gate:
+    gate = _gates.get(number)
+    if gate is None:
+        raise RuntimeError(
+            "the gate of a lean attention call no longer exists; keep the gated model until the backward"
+        )
+    return gate
+
+
 def block(
     gate: Gate,
     query: Tensor,
@@ -135,7 +144,7 @@ def _forward(
     compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B, H * G, T, D], sum of past visibilities, and the carry that each block but the first starts with."""
-    module, run, soft = _gates[gate], _run(compiled), _soft(words, tensors)
+    module, run, soft = _gate(gate), _run(compiled), _soft(words, tensors)
     t = query.shape[2]
     out = torch.empty_like(query, dtype=value.dtype, memory_format=torch.contiguous_format)
     total = inputs.new_zeros(())
@@ -161,7 +170,7 @@ def _carry_shape(gate: Gate, inputs: Tensor, rows: int) -> tuple[int, ...]:
 
 def _forward_fake(query, key, value, inputs, tensors, words, gate, scaling, rows, compiled):  # type: ignore[no-untyped-def]
     out = torch.empty_like(query, dtype=value.dtype, memory_format=torch.contiguous_format)
-    return out, inputs.new_empty(()), inputs.new_empty(_carry_shape(_gates[gate], inputs, rows))
+    return out, inputs.new_empty(()), inputs.new_empty(_carry_shape(_gate(gate), inputs, rows))
 
 
 def _backward(
@@ -180,7 +189,7 @@ def _backward(
     compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and inputs, summed over the blocks in float32 or better."""
-    module, run, soft = _gates[gate], _run(compiled), _soft(words, tensors)
+    module, run, soft = _gate(gate), _run(compiled), _soft(words, tensors)
     _check_inputs(module, inputs, soft)
     wide = inputs.dtype
     plain = torch.contiguous_format  # transposed inputs, as attention modules make them, have plain gradients
@@ -282,4 +291,4 @@ def lean_attention(
     compiled = torch.compiler.is_compiling()
     out, total, _ = _ops.lean_attention(query, key, value, inputs, tensors, words, gate, scaling, rows, compiled)
     b, t, _ = inputs.shape
-    return out.transpose(1, 2), total / max(1, b * _gates[gate].num_units * (t * (t - 1) // 2))
+    return out.transpose(1, 2), total / max(1, b * _gate(gate).num_units * (t * (t - 1) // 2))

@@ -23,6 +23,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vllm_prune.config import DropGateConfig, find_gate_file, load_gates, parse_drop_gate
 from vllm_prune.gates import Gate, expiry_mask
+from vllm_prune.gates.base import at_least_float32
+from vllm_prune.gates.borrowed import without_borrowed
 
 from . import lean
 from .families import attention_modules
@@ -63,6 +65,7 @@ class _LayerCall:
     mask: torch.Tensor | None = None
     inputs: torch.Tensor | None = None
     gate: int = 0
+    borrows: bool = False
     rows: int = lean.ROWS
     soft: dict[str, Any] = field(default_factory=dict)
     kept: torch.Tensor | None = None
@@ -88,7 +91,9 @@ def attend(
     b, heads, t, d = query.shape
     h = key.shape[1]
     grouped = query.reshape(b, h, heads // h, t, d)
-    logits = (grouped @ key[:, :, None].transpose(-1, -2)).float() * scaling + bias[:, :, None]  # [B, H, G, T, T]
+    logits = (
+        at_least_float32(grouped @ key[:, :, None].transpose(-1, -2)) * scaling + bias[:, :, None]
+    )  # [B, H, G, T, T]
     future = torch.ones(t, t, dtype=torch.bool, device=query.device).triu(1)
     out = logits.masked_fill(future, float("-inf")).softmax(dim=-1).to(value.dtype) @ value[:, :, None]
     return out.reshape(b, heads, t, d).transpose(1, 2)
@@ -125,14 +130,14 @@ def _attention(
     """The attention function of gated models, in the interface of ``ALL_ATTENTION_FUNCTIONS``."""
     call: _LayerCall = module.prune_call  # type: ignore[assignment]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if call.borrows:
+        query = without_borrowed(query.transpose(1, 2), key.shape[1]).transpose(1, 2)
     if call.inputs is not None:
         dtype = value.dtype
         if torch.is_autocast_enabled(query.device.type):
             dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        out, call.kept = lean.lean_attention(
-            query, key, value, call.inputs, call.gate, scale, call.soft, call.rows
-        )  # fmt: skip
+        out, call.kept = lean.lean_attention(query, key, value, call.inputs, call.gate, scale, call.soft, call.rows)
         return out, None
     if call.bias is not None:
         return attend(query, key, value, scale, call.bias), None
@@ -174,7 +179,7 @@ class GatedModel(nn.Module):
             raise ValueError(f"{len(layers)} layers, {len(gates)} gates, section of {section.num_layers} layers")
         self.model, self.gates, self.section = model, nn.ModuleList(gates), section
         self.cache_dtype = cache_dtype or model.dtype
-        self.calls = [_LayerCall(gate=lean.register(gate), rows=rows) for gate in gates]
+        self.calls = [_LayerCall(gate=lean.register(gate), borrows=gate.borrows, rows=rows) for gate in gates]
         self._mode: Mode = "open"
         self._soft: dict[str, Any] = {}
         self._perturb: Perturb | None = None

@@ -21,6 +21,7 @@ from vllm_prune.attention.backend import PruneCPUBackend
 from vllm_prune.attention.serving import ServedGate, rule_of
 from vllm_prune.cache.spec import PruneSpec
 from vllm_prune.config import DropGateConfig, served_section
+from vllm_prune.gates.borrowed import without_borrowed
 
 _LIBRARY = torch.library.Library("vllm_prune", "FRAGMENT")
 
@@ -73,6 +74,8 @@ class GatedAttention(Attention):
         vllm_config = get_current_vllm_config()
         self.section = section_of(vllm_config)
         self.serving = ServedGate.of(self.section)
+        with torch.device("meta"):
+            self.borrows = self.section.build_gate().borrows
         self.drop_gate: nn.Module | None = None
         if self.serving.reveal is not None:
             gate = self.section.build_gate()
@@ -96,8 +99,9 @@ class GatedAttention(Attention):
     ) -> torch.Tensor:
         """Args: query [T, H * G * D], key and value [T, H * D], features [T, F]. Returns [T, H * G * D]."""
         output = torch.empty((query.shape[0], self.num_heads * self.head_size), dtype=query.dtype, device=query.device)
+        query = query.view(-1, self.num_heads, self.head_size)
         torch.ops.vllm_prune.gated_attention(
-            query.view(-1, self.num_heads, self.head_size),
+            without_borrowed(query, self.num_kv_heads) if self.borrows else query,
             key.view(-1, self.num_kv_heads, self.head_size),
             value.view(-1, self.num_kv_heads, self.head_size),
             features,

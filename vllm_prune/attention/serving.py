@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_prune.config import DropGateConfig
+from vllm_prune.errors import PruneError
 from vllm_prune.gates import Gate, Reveal, decision_shift
 from vllm_prune.gates.dcp import DCPGate
 from vllm_prune.gates.dms import DMSGate
@@ -37,6 +38,11 @@ class ServedGate:
         if section.strength == 0.0:
             return cls(None, 0, 1, 0, 0)
         gate = section.build_gate()
+        if gate.reveal is Reveal.BY_QUERY and gate.num_units > 1:
+            raise PruneError(
+                "DCP gates with scope 'kv_head' cannot be served yet.",
+                "Train with scope 'layer', or evaluate with the masked model of the training package.",
+            )
         return cls(gate.reveal, gate.num_remembered, gate.num_units, section.protect.sinks, section.protect.window)
 
 

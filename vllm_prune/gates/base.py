@@ -76,14 +76,16 @@ class Gate(nn.Module, ABC):
     """One layer's drop gate. ``forward`` maps the layer's normed input to features, from which expiries follow.
 
     Class attributes declare how it is served: ``reveal``, ``scope``, ``unit`` (scale of ``decision_shift``), and whether
-    rows of soft visibility depend on earlier rows (``row_carry``).
+    rows of soft visibility depend on earlier rows (``row_carry``). ``scope`` and ``borrows`` may depend on the gate's
+    parameters; ``borrows``: attention must ignore a number of each group's first query head (``borrowed.py``).
     """
 
     method: ClassVar[str]
     reveal: ClassVar[Reveal]
-    scope: ClassVar[Scope]
+    scope: Scope
     unit: ClassVar[float] = 1.0
     row_carry: ClassVar[bool] = False
+    borrows: bool = False
 
     shape: GateShape
 

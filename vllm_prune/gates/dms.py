@@ -1,7 +1,11 @@
-"""Dynamic Memory Sparsification (NVIDIA / Edinburgh, arXiv 2506.05345), "separate" gate form.
+"""Dynamic Memory Sparsification (NVIDIA / Edinburgh, arXiv 2506.05345).
 
-A linear map with its own RMSNorm gives one logit per token and KV head, logit = 100 g - 5. The logit of token j + 1
-decides about key j; the decision takes effect w tokens later:
+One logit per token and KV head, logit = 100 g - 5. ``form`` says what g is:
+
+- ``separate``: a linear map with its own RMSNorm (of the layer's normed input here, of its unnormed input at NVIDIA).
+- ``borrowed``: a number of the query, see ``borrowed.py``.
+
+The logit of token j + 1 decides about key j; the decision takes effect w tokens later:
 
     expiry_j = j + w + 1 if logit_{j+1} > 0 else NEVER                     per (layer, KV head)
 
@@ -39,23 +43,28 @@ class DMSGate(Gate):
     Args:
         shape: of the base model.
         delay: w, tokens that a key stays visible after the decision about it could have been made. >= 0.
-        eps: of the gate's RMSNorm.
+        eps: of the gate's RMSNorm (separate form).
+        form: ``separate`` or ``borrowed``.
     """
 
     method: ClassVar[str] = "dms"
     reveal: ClassVar[Reveal] = Reveal.DELAYED
-    scope: ClassVar[Scope] = Scope.KV_HEAD
+    scope: Scope = Scope.KV_HEAD
     unit: ClassVar[float] = LOGIT_OFFSET
 
-    def __init__(self, shape: GateShape, delay: int = 64, eps: float = 1e-6) -> None:
+    def __init__(self, shape: GateShape, delay: int = 64, eps: float = 1e-6, form: str = "separate") -> None:
         super().__init__()
         if delay < 0:
             raise ValueError(f"delay must be >= 0, got {delay}")
+        if form not in ("separate", "borrowed"):
+            raise ValueError(f"form must be 'separate' or 'borrowed', got {form!r}")
         self.shape = shape
         self.delay = delay
-        self.norm = nn.RMSNorm(shape.hidden_size, eps=eps)
-        self.gate = nn.Linear(shape.hidden_size, shape.num_kv_heads, bias=False)
-        nn.init.zeros_(self.gate.weight)  # every logit starts at -5: all kept
+        self.borrows = form == "borrowed"
+        self.norm = nn.Identity() if self.borrows else nn.RMSNorm(shape.hidden_size, eps=eps)
+        self.gate = nn.Linear(shape.hidden_size, shape.num_kv_heads, bias=self.borrows)
+        for p in self.gate.parameters():
+            nn.init.zeros_(p)  # every logit starts at -5: all kept
 
     @property
     def num_features(self) -> int:

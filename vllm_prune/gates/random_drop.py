@@ -46,7 +46,7 @@ class RandomGate(Gate):
 
     method: ClassVar[str] = "random"
     reveal: ClassVar[Reveal] = Reveal.AT_WRITE
-    scope: ClassVar[Scope] = Scope.KV_HEAD
+    scope: Scope = Scope.KV_HEAD
 
     layer: torch.Tensor
 

@@ -30,7 +30,7 @@ class WindowGate(Gate):
 
     method: ClassVar[str] = "window"
     reveal: ClassVar[Reveal] = Reveal.AT_WRITE
-    scope: ClassVar[Scope] = Scope.LAYER
+    scope: Scope = Scope.LAYER
 
     def __init__(self, shape: GateShape, window: int = 512) -> None:
         super().__init__()

@@ -11,16 +11,22 @@ from vllm_prune.gates import NEVER, DCPGate, DMSGate, Gate, GateShape, Protectio
 
 SHAPE = GateShape(hidden_size=16, num_kv_heads=2, num_layers=3)
 OPEN = Protection()
-METHODS = ["dcp", "dms"]
+METHODS = ["dcp", "dcp_kv_head", "dms", "dms_borrowed"]
 sequences = st.tuples(st.sampled_from(METHODS), st.integers(0, 10_000), st.integers(2, 48))
 
 
 def make(method: str, seed: int, t: int) -> tuple[Gate, torch.Tensor]:
     """A gate with random weights, and features [T, F] that drop some keys and keep some."""
     generator = torch.Generator().manual_seed(seed)
-    gate: Gate = DCPGate(SHAPE, rank=4, beta=1.0) if method == "dcp" else DMSGate(SHAPE, delay=5)
+    gate: Gate = {
+        "dcp": lambda: DCPGate(SHAPE, rank=4, beta=1.0),
+        "dcp_kv_head": lambda: DCPGate(SHAPE, rank=6, beta=1.0, scope="kv_head"),
+        "dms": lambda: DMSGate(SHAPE, delay=5),
+        "dms_borrowed": lambda: DMSGate(SHAPE, delay=5, form="borrowed"),
+    }[method]()
     if isinstance(gate, DMSGate):
-        torch.nn.init.normal_(gate.gate.weight, std=0.03, generator=generator)
+        for p in gate.gate.parameters():
+            torch.nn.init.normal_(p, std=0.03, generator=generator)
     else:
         torch.nn.init.normal_(gate.qk.weight, std=0.2, generator=generator)
     with torch.no_grad():
@@ -123,7 +129,7 @@ def test_the_samples_drop_some_and_keep_some(method: str) -> None:
 
 def test_dcp_expiry_is_the_first_query_that_rejects_the_key() -> None:
     gate, features = make("dcp", 3, 300)  # more than one chunk of queries
-    scores = gate.scores(features)
+    scores = gate.scores(features)[0]
     expiry = gate.expiry(features, 1.0, OPEN)[0]
     for j in range(0, 300, 7):
         rejecting = [n for n in range(j + 1, 300) if scores[n, j] <= 0]
@@ -132,12 +138,50 @@ def test_dcp_expiry_is_the_first_query_that_rejects_the_key() -> None:
 
 def test_dcp_soft_visibility_is_the_product_of_keep_probabilities() -> None:
     gate, features = make("dcp", 5, 12)
-    p = torch.sigmoid(gate.scores(features))
+    p = torch.sigmoid(gate.scores(features)[0])
     log_v = gate.log_visibility(features[None], alpha=1.0)[0, 0]
     for n in range(12):
         for j in range(n + 1):
             expected = p[j + 1 : n + 1, j].log().sum().clamp_min(-30.0)
             torch.testing.assert_close(log_v[n, j], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dcp_heads_decide_for_themselves() -> None:
+    """A gate of H heads is H gates of one head, on the rows of its projection that are theirs."""
+    gate, features = make("dcp_kv_head", 2, 60)
+    assert gate.num_units == SHAPE.num_kv_heads == 2 and gate.beta.shape == (2,)
+    with torch.no_grad():
+        gate.beta += torch.tensor([0.0, 0.4])
+    together = gate.expiry(features, 1.0, OPEN)
+    assert not torch.equal(together[0], together[1])
+    for head in range(2):
+        alone = DCPGate(SHAPE, rank=3)
+        with torch.no_grad():
+            alone.beta.copy_(gate.beta[head])
+        mine = features.unflatten(-1, (2, 2, 3))[:, :, head].flatten(-2)  # (q' or k', head, numbers)
+        assert torch.equal(alone.expiry(mine, 1.0, OPEN)[0], together[head])
+        soft = gate.log_visibility(features[None], alpha=1.5)[:, head]
+        torch.testing.assert_close(alone.log_visibility(mine[None], alpha=1.5)[:, 0], soft)
+
+
+@pytest.mark.parametrize("wrong", [{"rank": 5, "scope": "kv_head"}, {"scope": "head"}, {"rank": 0}])
+def test_dcp_refuses_what_it_cannot_be(wrong: dict[str, int | str]) -> None:
+    with pytest.raises(ValueError, match=r"rank|scope"):
+        DCPGate(SHAPE, **wrong)  # type: ignore[arg-type]
+
+
+def test_dms_refuses_what_it_cannot_be() -> None:
+    for wrong in ({"delay": -1}, {"form": "shared"}):
+        with pytest.raises(ValueError, match=r"delay|form"):
+            DMSGate(SHAPE, **wrong)  # type: ignore[arg-type]
+
+
+def test_the_layer_gate_keeps_the_names_and_shapes_of_its_tensors() -> None:
+    """Checkpoints are out there."""
+    shapes = {name: tuple(x.shape) for name, x in DCPGate(SHAPE, rank=4).state_dict().items()}
+    assert shapes == {"qk.weight": (8, 16), "beta": ()}
+    shapes = {name: tuple(x.shape) for name, x in DMSGate(SHAPE).state_dict().items()}
+    assert shapes == {"norm.weight": (16,), "gate.weight": (2, 16)}
 
 
 def test_dcp_gradients_are_finite() -> None:
