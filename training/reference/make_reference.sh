@@ -17,7 +17,7 @@ one dcp-reference dcp-0.5 --set model="$base" --set objective.keep=0.5
 before=$out/dcp-0.5
 for keep in 0.3 0.2 0.1; do
     one dcp-reference "dcp-$keep" --set model="$before" --set gate.init_from="$before" --set objective.keep=$keep \
-        --set training.steps=100 --set objective.ramp=0.3 \
+        --set training.steps=100 --set objective.ramp=0.1 \
         --set 'objective.alpha={schedule: linear, start: 4.0, end: 8.0, until: 0.7}'
     before=$out/dcp-$keep
 done

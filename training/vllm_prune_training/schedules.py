@@ -56,13 +56,14 @@ def rate_at(training: Training, step: int) -> float:
 class GammaController:
     """Gamma that follows a target: it grows while more is kept than wanted and shrinks while less is.
 
-    Its state is part of a checkpoint. With ``objective.gamma`` it is constant, as published.
+    Its state is part of a checkpoint. With ``objective.gamma`` it is constant, as published. The gain is per run, not
+    per step: an error as large as the target, held over the whole run, changes gamma by exp(GAIN).
     """
 
-    LOW, HIGH = 1e-3, 3.0
+    LOW, HIGH, GAIN = 1e-3, 3.0, 25.0
 
-    def __init__(self, objective: Objective) -> None:
-        self.objective = objective
+    def __init__(self, objective: Objective, steps: int) -> None:
+        self.objective, self.steps = objective, steps
         self.gamma = 0.1 if objective.gamma is None else objective.gamma
         self.kept = 1.0
 
@@ -70,8 +71,8 @@ class GammaController:
         """Take in the kept fraction of a step, a mean over the global batch."""
         self.kept += 0.2 * (kept - self.kept)
         if self.objective.keep is not None:
-            grown = self.gamma * math.exp(0.1 * (self.kept - keep_at(self.objective, progress)))
-            self.gamma = min(self.HIGH, max(self.LOW, grown))
+            error = (self.kept - keep_at(self.objective, progress)) / self.objective.keep
+            self.gamma = min(self.HIGH, max(self.LOW, self.gamma * math.exp(self.GAIN / self.steps * error)))
 
     def state(self) -> dict[str, float]:
         """For a checkpoint."""

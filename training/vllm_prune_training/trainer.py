@@ -110,7 +110,7 @@ class GateTrainer(ShardedTrainer):
     ) -> None:
         self.recipe, self.batches, self.data, self.work = recipe, batches, data, work
         self.windows, self.beta = windows, beta
-        self.controller = GammaController(recipe.objective)
+        self.controller = GammaController(recipe.objective, recipe.training.steps)
         self.signals = Signals()
         self.tokens_seen = 0
         self.stats: dict[str, float] = {}

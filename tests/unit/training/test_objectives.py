@@ -186,12 +186,12 @@ def test_targets() -> None:
 
 
 def test_the_controller_follows_the_target_and_fixed_gamma_stays() -> None:
-    controller = GammaController(Objective(keep=0.2))
+    controller = GammaController(Objective(keep=0.2), 400)
     before = controller.gamma
     for _ in range(5):
         controller.update(1.0, 1.0)
     assert controller.gamma > before
-    again = GammaController(Objective(keep=0.2))
+    again = GammaController(Objective(keep=0.2), 400)
     again.load(controller.state())
     for kept in [0.0] * 60:
         controller.update(kept, 1.0)
@@ -200,7 +200,11 @@ def test_the_controller_follows_the_target_and_fixed_gamma_stays() -> None:
     for _ in range(2000):
         controller.update(1.0, 1.0)
     assert controller.gamma == GammaController.HIGH
-    fixed = GammaController(Objective(gamma=0.3))
+    short, long = GammaController(Objective(keep=0.2), 50), GammaController(Objective(keep=0.2), 500)
+    short.update(1.0, 1.0)
+    long.update(1.0, 1.0)
+    assert short.gamma > long.gamma  # the gain is per run
+    fixed = GammaController(Objective(gamma=0.3), 400)
     fixed.update(1.0, 1.0)
     assert fixed.gamma == 0.3
 
