@@ -18,7 +18,7 @@ before=$out/dcp-0.5
 for keep in 0.3 0.2 0.1; do
     one dcp-reference "dcp-$keep" --set model="$before" --set gate.init_from="$before" --set objective.keep=$keep \
         --set training.steps=100 --set objective.ramp=0.1 \
-        --set 'objective.alpha={schedule: linear, start: 4.0, end: 8.0, until: 0.7}'
+        --set 'objective.alpha={schedule: band, start: 0.6, from: 0.0, until: 0.75}'
     before=$out/dcp-$keep
 done
 one dense-reference dense --set model="$base"
