@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -187,5 +188,10 @@ def make_trained(recipe: Recipe, model: PreTrainedModel, device: torch.device) -
         gated = GatedModel(model, gates, section, cache_dtype=dtype, visibility=recipe.training.visibility)
         same_attention(before, probe(model), type(model).__name__)
         gated.float()
-    body: Any = torch.compile(model.get_decoder(), dynamic=False) if recipe.training.compile else None
+    body: Any = None
+    if recipe.training.compile:
+        # The hooks and the attention of every layer are compiled for each length: past the limit they would run eagerly.
+        shapes = len(gated.gates if gated is not None else [None]) * len(recipe.training.phases)
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * shapes + 8)
+        body = torch.compile(model.get_decoder(), dynamic=False)
     return TrainedModel(recipe, model, gated, teacher, body)
