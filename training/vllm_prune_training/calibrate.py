@@ -6,7 +6,6 @@ checkpoint as it is served (its dtype, the hard mask). Dimension letters: N wind
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,8 +235,3 @@ def describe(table: Calibration) -> str:
         f"{safe}perplexity rises by at most {100 * table.max_rise:g} %",
         f"keep can be {low:.3f} to {high:g}, at {table.length} tokens",
     ])  # fmt: skip
-
-
-def as_json(table: Calibration) -> str:
-    """The table as it is stored."""
-    return json.dumps(table.model_dump(mode="json"), indent=2)

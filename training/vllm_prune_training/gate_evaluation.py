@@ -5,15 +5,10 @@ Dimension letters: B batch, T tokens, L layers, E eviction units of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import nn
 
-from .evaluate import held_out_perplexity, recall_accuracy
 from .masked import GatedModel, GatedOutput, Mode
-from .packing import Corpus
 
 
 def live_pairs(expiry: torch.Tensor) -> torch.Tensor:
@@ -50,29 +45,3 @@ class AsCausalLM(nn.Module):
             self.kept += list(past_pair_kept(out.expiry).mean(-1))  # [L] each
             self.live += list(final_live(out.expiry).mean(-1))
         return out
-
-
-def gate_report(
-    gated: GatedModel, corpus: Corpus, length: int, blocks: int, strength: float | None = None
-) -> dict[str, Any]:
-    """Perplexity open and hard, and what the hard mask keeps, on ``blocks`` held-out windows of T = ``length``."""
-    hard = AsCausalLM(gated, "hard", strength)
-    report: dict[str, Any] = {
-        f"ppl_open_{length}": held_out_perplexity(AsCausalLM(gated, "open"), corpus, length, blocks),
-        f"ppl_hard_{length}": held_out_perplexity(hard, corpus, length, blocks),
-    }
-    kept, live = torch.stack(hard.kept).mean(0), torch.stack(hard.live).mean(0)  # [L]
-    report[f"hard_kept_{length}"] = round(kept.mean().item(), 4)
-    report[f"final_live_{length}"] = round(live.mean().item(), 4)
-    report[f"hard_kept_per_layer_{length}"] = [round(x, 4) for x in kept.tolist()]
-    return report
-
-
-def recall_report(
-    gated: GatedModel, corpus: Corpus, lengths: Sequence[int] = (256, 512, 1024, 2048, 4096), tasks: int = 8
-) -> dict[str, Any]:
-    """Recall accuracy by distance, open and hard."""
-    return {
-        mode: recall_accuracy(AsCausalLM(gated, mode), corpus, lengths, tasks)  # type: ignore[arg-type]
-        for mode in ("open", "hard")
-    }

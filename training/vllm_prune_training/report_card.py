@@ -26,7 +26,7 @@ from .report_plots import class_bars, kept_map, recall_map, recency_curves, requ
 from .sweep import Point, sweep
 from .token_classes import ClassShare, class_shares, classes_of
 
-QUICK_STRENGTHS = (0.25, 1.0, 4.0)
+QUICK_STRENGTHS = (0.06, 0.25, 1.0, 4.0)
 PAIRS = 20_000
 Say = Callable[[str], None]
 
@@ -208,7 +208,8 @@ Measured with the hard mask that the server applies, on {found.windows[0]} windo
 | KL(open to gated), nats a token | {served.kl:.4f} |
 | safe range of strength | up to {table.safe_strength:.3g} (keeps {table.keep_at(table.safe_strength):.3f}) |
 
-Safe: perplexity rises by at most {100 * table.max_rise:g} %. The checkpoint's own strength lies
+Safe: perplexity rises by at most {100 * table.max_rise:g} % over open gates and over any weaker strength that was measured.
+The checkpoint's own strength lies
 {"within" if inside else "**beyond**"} the safe range. A fraction from {low:.3f} to {high:g} can be asked for by `keep`.
 
 ## Kept by layer and head
