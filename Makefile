@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export VLLM_NO_USAGE_STATS = 1
 
-.PHONY: demo test lint format clean reference bench baselines
+.PHONY: demo test lint format clean reference bench baselines quality claims
 
 demo: $(STAMP)
 	$(BIN)/vllm-prune demo
@@ -40,11 +40,24 @@ $(BASELINES)/.installed: requirements/baselines.txt
 	$(BASELINES)/bin/python -m pip install -q -r requirements/baselines.txt
 	touch $@
 
-# Trains the reference language model and its gates again (hours on a small CPU).
+# Trains the reference language model and its gates again (hours on a small CPU): short texts, then long ones with tasks, then
+# the corpus as Parquet, then the gates.
+TASKS := "lookup","variables","niah_single_1","niah_single_2","niah_multikey_1","niah_multikey_2","niah_multikey_2"
+TASKS := $(TASKS),"niah_multikey_3","variable_tracking","frequent_words"
 reference: $(STAMP)
-	$(BIN)/python training/reference/make_base.py --out build/reference/base --minutes 50
+	$(BIN)/python training/reference/make_base.py --out build/reference/base-1 --minutes 50
+	$(BIN)/python training/reference/make_base.py --start build/reference/base-1 --out build/reference/base --minutes 45 \
+	    --set batch_tokens=8192 --set muon_lr=0.01 --set adam_lr=0.002 --set recall_share=0.6 \
+	    --set 'phases=[[0.2,1024],[0.45,2048],[1.0,4096]]' --set 'names=[$(TASKS)]'
 	$(BIN)/python training/reference/make_corpus.py
-	for kind in dense dcp dms; do $(BIN)/vllm-prune train examples/recipes/$$kind-reference.yaml || exit; done
+	training/reference/make_reference.sh
+
+# Quality against baselines at equal kept fractions (docs/quality.md), on what `make reference` made. `claims`: over seeds.
+quality: $(STAMP) baselines
+	$(BIN)/python benchmarks/quality.py --model build/reference/dense --json benchmarks/results/quality.json --gated \
+	    $(foreach keep,0.5 0.3 0.2 0.1,dcp-$(keep)=build/reference/dcp-$(keep)) dms=build/reference/dms
+claims: $(STAMP)
+	$(BIN)/python benchmarks/claims.py --json benchmarks/results/claims.json
 
 # torch first, from its CPU build where one is offered; vLLM's CPU build without the requirements that have none.
 $(STAMP): requirements/cpu.txt requirements/lm-eval.txt requirements/vllm-meta/pyproject.toml pyproject.toml vllm_prune/cache/lanes.c vllm_prune/cache/steps.c vllm_prune/cache/lanes.h
