@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from transformers import (
 from vllm_prune.config import SECTION, DropGateConfig, find_gate_file, load_gates
 from vllm_prune.errors import PruneError
 from vllm_prune.gates import Gate
+from vllm_prune.gates.borrowed import borrow
 
-from .families import check_config, gate_shape, probe, same_attention, without_dropout
+from .families import attention_modules, check_config, gate_shape, probe, same_attention, without_dropout
 from .masked import GatedModel
 from .objectives import TrainedModel
 from .recipe import NO_GATES, NewModel, Recipe
@@ -113,15 +115,23 @@ def make_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedM
         model = AutoModelForCausalLM.from_pretrained(recipe.model, config=config, dtype=torch.float32)
     else:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        for layer in getattr(model.get_decoder(), "layers", []) if new.residual_zero else []:
-            nn.init.zeros_(layer.self_attn.o_proj.weight)
-            nn.init.zeros_(layer.mlp.down_proj.weight)
         model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
     without_dropout(model)
     return model  # type: ignore[no-any-return]
+
+
+def start_residuals(recipe: Recipe, model: PreTrainedModel) -> None:
+    """Zero the residual branches of a new Qwen- or Llama-like model, if the recipe says so."""
+    if isinstance(recipe.model, str) or not recipe.model.new.residual_zero:
+        return
+    for layer in getattr(model.get_decoder(), "layers", []):
+        for branch, name in (("self_attn", "o_proj"), ("mlp", "down_proj")):
+            linear = getattr(getattr(layer, branch, None), name, None)
+            if isinstance(linear, nn.Linear):
+                nn.init.zeros_(linear.weight)
 
 
 def gate_section(recipe: Recipe, config: PretrainedConfig) -> DropGateConfig:
@@ -153,6 +163,9 @@ def make_gates(recipe: Recipe, section: DropGateConfig) -> list[Gate]:
                 f"recipe wants {section.method}, {section.params}.",
                 "Make them equal.",
             )
+        if gates[0].borrows and not (isinstance(recipe.model, str) and os.path.samefile(recipe.model, folder)):
+            raise PruneError("gates with a borrowed neuron belong to the base that they were taken from.",
+                             f"Set model to {folder} too.")  # fmt: skip
         for gate, state in zip(gates, load_gates(find_gate_file(folder), section), strict=True):
             gate.load_state_dict(state)
     return [gate.float() for gate in gates]
@@ -186,8 +199,16 @@ def make_trained(recipe: Recipe, model: PreTrainedModel, device: torch.device) -
         before = probe(model)
         dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
         gated = GatedModel(model, gates, section, cache_dtype=dtype, visibility=recipe.training.visibility)
+        borrows = [call.borrows for call in gated.calls]
+        for call in gated.calls:
+            call.borrows = False  # a borrowed neuron does change the attention
         same_attention(before, probe(model), type(model).__name__)
+        for call, borrowed in zip(gated.calls, borrows, strict=True):
+            call.borrows = borrowed
+        if any(borrows) and recipe.gate.init_from is None:
+            borrow(attention_modules(model), gates)
         gated.float()
+    start_residuals(recipe, model)
     body: Any = None
     if recipe.training.compile:
         # The hooks and the attention of every layer are compiled for each length: past the limit they would run eagerly.

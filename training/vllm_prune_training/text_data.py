@@ -210,7 +210,8 @@ class Batches:
         return [{name: value[i * size : (i + 1) * size] for name, value in whole.items()} for i in range(parts)]
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        while True:
+        # Finite: the Trainer would do one step more of a run that it resumes at its end.
+        while self.step < self.training.steps:
             yield from self.next_step()
 
     def state(self) -> State:

@@ -64,6 +64,11 @@ def test_dcp_interrupted_and_resumed_is_the_same_run(folder: Path) -> None:
     assert config["dtype"] == "float32" and config["architectures"] == ["PrunedQwen3ForCausalLM"]
     with pytest.raises(PruneError, match="is there already"):
         run(whole)
+    before = Path(whole.output).rename(folder / "moved")  # as if it could not be written: nothing is trained again
+    log = (Path(whole.work_folder) / "log.jsonl").read_text().splitlines()
+    assert run(whole).steps == 8
+    _same_files(Path(whole.output), before)
+    assert (Path(whole.work_folder) / "log.jsonl").read_text().splitlines() == [*log, log[-1]]
 
 
 def test_dms_with_accumulation_and_a_teacher_resumes_exactly(folder: Path, base: Path) -> None:
@@ -172,3 +177,38 @@ def test_a_frozen_base_stays_as_it_is_and_gates_go_on_from_a_folder(folder: Path
                        "output": str(folder / "wrong")})  # fmt: skip
     with pytest.raises(PruneError, match="Make them equal"):
         run(wrong)
+
+
+def test_a_borrowed_neuron_is_moved_into_the_gate(folder: Path) -> None:
+    plain = plain_recipe(folder, "borrowed", steps=2, lengths=48)
+    plain["model"]["new"]["config"] = {**plain["model"]["new"]["config"], "model_type": "llama"}
+    plain.update(gate={"method": "dms", "params": {"delay": 4, "form": "borrowed"}},
+                 objective={"next_token": 1.0, "closed": 0.3})  # fmt: skip
+    recipe = recipe_of(plain)
+    run(recipe)
+    gated = load_gated(recipe.output)
+    assert gated.gates[0].borrows and float(gated.gates[0].gate.weight.abs().max()) > 0.0
+    ids = torch.arange(30)
+    held = json.loads((Path(recipe.output) / "record.json").read_text())["held_out"]
+    assert held["ppl_hard"] == pytest.approx(held["ppl_soft"], rel=0.05)
+    assert bool(gated(ids, "hard").logits.isfinite().all())
+    other = recipe_of({**plain, "gate": {**plain["gate"], "init_from": recipe.output}, "output": str(folder / "no")})
+    with pytest.raises(PruneError, match="belong to the base that they were taken from"):
+        run(other)
+
+
+def test_new_models_of_other_families_are_trained(folder: Path) -> None:
+    plain = plain_recipe(folder, "gpt2", steps=2, lengths=48)
+    plain["model"]["new"]["config"] = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    recipe = recipe_of(plain)
+    run(recipe)
+    assert load_gated(recipe.output).section.num_kv_heads == 2
+    for change, said in (
+        ({"n_positions": 16}, "has 48 tokens, but the model has 16 positions"),
+        ({"heads": 3}, r"'model\.new\.config\.heads' is unknown to gpt2"),
+    ):
+        plain["model"]["new"]["config"].update(change)
+        with pytest.raises(PruneError, match=said):
+            run(recipe_of({**plain, "output": str(folder / "gpt2-wrong")}))
+        for name in change:
+            plain["model"]["new"]["config"][name] = 64
