@@ -43,7 +43,9 @@ SHAPE = {"model_type": "qwen3", "hidden_size": 128, "intermediate_size": 384, "n
 NAMES = ["lookup", "niah_single_1", "niah_multikey_2"]
 
 
-def recipe(corpus: Path, out: Path, model: Any, gate: dict[str, Any], steps: int, seed: int, **objective: Any) -> Recipe:
+def recipe(
+    corpus: Path, out: Path, model: Any, gate: dict[str, Any], steps: int, seed: int, **objective: Any
+) -> Recipe:
     """One run. All runs of a seed see the same sequences of text and tasks."""
     dcp = gate["method"] == "dcp"
     return Recipe.model_validate({
@@ -61,6 +63,7 @@ def recipe(corpus: Path, out: Path, model: Any, gate: dict[str, Any], steps: int
 
 def window_for(kept: float, sinks: int = 0) -> int:
     """The window whose share of past pairs at T tokens is nearest to ``kept``: query n sees min(n, w + sinks) keys."""
+
     def share(w: int) -> float:
         return sum(min(n, w + sinks) for n in range(T)) / (T * (T - 1) / 2)
 
@@ -96,7 +99,9 @@ def measure(folder: Path, corpus: Corpus, gated: bool, blocks: int, tasks: int) 
         judged = AutoModelForCausalLM.from_pretrained(folder).eval()
         row["ppl"] = held_out_perplexity(judged, corpus, T, blocks)
     row["recall"] = recall_accuracy(judged, corpus, (T,), tasks)["lookup"][str(T)]
-    row["tasks"] = {name: found[str(T)] for name, found in task_accuracy(judged, corpus, NAMES[1:], (T,), tasks).items()}
+    row["tasks"] = {
+        name: found[str(T)] for name, found in task_accuracy(judged, corpus, NAMES[1:], (T,), tasks).items()
+    }
     return row
 
 
@@ -122,7 +127,9 @@ def one_seed(seed: int, data: Path, corpus: Corpus, work: Path, steps: int, bloc
     more = steps // 4
     do("dense", {"method": "none"}, more, str(base))
     for keep in KEEPS:
-        kept = do(f"dcp-{keep}", {"method": "dcp", "params": {"rank": 32, "beta": 4.0}}, more, str(base), keep=keep)["kept"]
+        kept = do(f"dcp-{keep}", {"method": "dcp", "params": {"rank": 32, "beta": 4.0}}, more, str(base), keep=keep)[
+            "kept"
+        ]
         if keep in MATCHED:
             sinks = {"sinks": SINKS, "window": 0}
             do(f"window-{keep}", {"method": "window", "params": {"window": window_for(kept)}}, more, str(base))
@@ -135,6 +142,7 @@ def one_seed(seed: int, data: Path, corpus: Corpus, work: Path, steps: int, bloc
 
 def summary(seeds: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation over seeds of each run's figures, perplexity as a ratio to the dense run's."""
+
     def over(values: list[float]) -> dict[str, float]:
         return {"mean": round(statistics.mean(values), 4),
                 "std": round(statistics.stdev(values), 4) if len(values) > 1 else math.nan}  # fmt: skip
@@ -161,7 +169,9 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the result there")
-    parser.add_argument("--quick", action="store_true", help="one seed and 40 steps: shows that it runs, proves nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="one seed and 40 steps: shows that it runs, proves nothing"
+    )
     parser.add_argument("--corpus", type=Path, default=Path("build/reference/corpus"))
     parser.add_argument("--work", type=Path, default=Path("build/claims"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])

@@ -52,7 +52,13 @@ PROTOCOL = __doc__.split("\n\n", 2)[2].rsplit("\n\n", 1)[0]
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="folder whose base weights the baselines run on")
-    parser.add_argument("--gated", nargs="*", default=[], metavar="NAME=DIR", help="gated checkpoints")
+    parser.add_argument(
+        "--gated",
+        nargs="*",
+        default=[],
+        metavar="NAME=DIR[@K,...]",
+        help="gated checkpoints; with @ only for these budgets, so that one name may have several folders",
+    )
     parser.add_argument("--corpus", type=Path, default=ROOT / "build/reference/corpus", help="of `make reference`")
     parser.add_argument("--json", type=Path, required=True, help="result; .md and .png are written beside it")
     parser.add_argument("--budgets", nargs="+", type=float, help="fractions of context keys; default 0.5 0.3 0.2 0.1")
@@ -67,12 +73,30 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         args.budgets = [0.5, 0.2] if args.quick else [0.5, 0.3, 0.2, 0.1]
     if not all(0.0 < budget < 1.0 for budget in args.budgets):
         parser.error("--budgets must lie between 0 and 1")
-    names = [item.partition("=")[0] for item in args.gated]
-    if any("=" not in item for item in args.gated) or len(set(names)) < len(names):
-        parser.error("--gated wants NAME=DIR with names of their own")
+    args.gated = [parse_gated(parser, item, args.budgets) for item in args.gated]
+    measured = [(name, budget) for name, _, budgets in args.gated for budget in budgets]
+    if len(set(measured)) < len(measured):
+        parser.error("--gated names one point twice")
     if args.presses is None and args.quick:
         args.presses = list(QUICK_PRESSES)
     return args
+
+
+def parse_gated(
+    parser: argparse.ArgumentParser, item: str, budgets: Sequence[float]
+) -> tuple[str, Path, Sequence[float]]:
+    """(name, folder, budgets) of NAME=DIR or NAME=DIR@K,K."""
+    name, sign, rest = item.partition("=")
+    folder, _, only = rest.partition("@")
+    if not (sign and name and folder):
+        parser.error(f"--gated wants NAME=DIR, not {item!r}")
+    try:
+        wanted = [float(part) for part in only.split(",")] if only else budgets
+    except ValueError:
+        parser.error(f"--gated {item!r}: what follows @ must be budgets with commas between")
+    if not set(wanted) <= set(budgets):
+        parser.error(f"--gated {item!r} wants budgets that are not in --budgets")
+    return name, Path(folder), wanted
 
 
 def plan_of(args: argparse.Namespace) -> CasePlan:
@@ -161,15 +185,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows += more
         seconds["presses"] = round(time.time() - at, 1)
     del base
-    for item in args.gated:
-        name, _, folder = item.partition("=")
-        open_corpus(args.corpus, Path(folder), plan)
-        timed(
-            name,
-            ours.gated_rows(
-                ours.load_with_gates(Path(folder)), name, test, calibration, args.budgets, strengths, notes
-            ),
-        )
+    for name, gated, budgets in args.gated:
+        open_corpus(args.corpus, gated, plan)
+        model = ours.load_with_gates(gated)
+        timed(name, ours.gated_rows(model, name, test, calibration, budgets, strengths, notes,
+                                    gated.name if budgets is not args.budgets else name))  # fmt: skip
     lines = summarize(rows)
     if "left_out" in presses:
         notes.append(f"Presses left out: {presses['left_out']}.")

@@ -153,11 +153,11 @@ class Knob:
 
 def gated_rows(
     model: Model, name: str, cases: Sequence[Case], calibration: Sequence[Case], budgets: Sequence[float],
-    strengths: dict[str, float], notes: list[str],
+    strengths: dict[str, float], notes: list[str], label: str = "",
 ) -> Iterator[Row]:  # fmt: skip
-    """A gated checkpoint with open gates, then at the strengths that reach the budgets; these go into
-    ``strengths``, and budgets that none reaches into ``notes``."""
-    yield from dense_rows(model, cases, f"{name} (open)")
+    """A gated checkpoint with open gates (under ``label``, by default its name), then at the strengths that reach the
+    budgets; these go into ``strengths``, and budgets that none reaches into ``notes``."""
+    yield from dense_rows(model, cases, f"{label or name} (open)")
     knob = Knob(model, calibration, Counter(case.task for case in cases))
     for budget in budgets:
         strength = knob.strength_for(budget)

@@ -104,10 +104,14 @@ def test_table_and_plot(tmp_path: Path) -> None:
 
 
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for wrong in (["--budgets", "1.5"], ["--gated", "DIR"], ["--gated", "A=x", "A=y"]):
+    for wrong in (["--budgets", "1.5"], ["--gated", "DIR"], ["--gated", "A=x", "A=y"],
+                  ["--gated", "A=x@0.5", "A=y@0.5"], ["--gated", "A=x@0.4"], ["--gated", "A=x@half"]):  # fmt: skip
         with pytest.raises(SystemExit):
             quality.parse(["--model", "m", "--json", "o", *wrong])
         assert "error" in capsys.readouterr().err
+    several = quality.parse(["--model", "m", "--json", "o", "--gated", "A=x@0.5,0.3", "A=y@0.2", "B=z"])
+    assert [(name, str(folder), list(budgets)) for name, folder, budgets in several.gated] == [
+        ("A", "x", [0.5, 0.3]), ("A", "y", [0.2]), ("B", "z", [0.5, 0.3, 0.2, 0.1])]  # fmt: skip
     args = quality.parse(["--model", "m", "--json", "o", "--quick", "--tokens", "99"])
     assert quality.plan_of(args).tokens == 99 and args.budgets == [0.5, 0.2]
     with pytest.raises(PruneError, match="no corpus"):
