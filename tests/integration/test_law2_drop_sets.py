@@ -9,10 +9,25 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from support import engine, generate, pool_is_whole, prompts, recorded, save_gated, scheduler_of, state_of, tiny_config
+from support import (
+    engine,
+    generate,
+    pool_is_whole,
+    prompts,
+    random_gates,
+    recorded,
+    save_base,
+    save_gated,
+    scheduler_of,
+    state_of,
+    tiny_config,
+)
+from transformers import AutoModelForCausalLM
 from vllm_prune_training.masked import load_gated
 
+from vllm_prune.checkpoint import add_gates
 from vllm_prune.gates import NEVER
+from vllm_prune.gates.borrowed import borrow
 
 RECORD = {"additional_config": {"vllm_prune": {"record": True}}}
 METHODS = {
@@ -90,3 +105,22 @@ def test_after_preemption(gated):
 def test_compiled(gated):
     with engine(gated, enforce_eager=False, long_prefill_token_threshold=16, **RECORD) as llm:
         check(gated, llm, generate(llm, prompts([70, 33], seed=6), tokens=20))
+
+
+def test_a_borrowed_neuron(tmp_path):
+    """Llama has no q_norm, so DMS may borrow: server and twin read it before RoPE and ignore it after."""
+    config = tiny_config("llama", layers=3)
+    save_base(tmp_path, config, torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    gates = random_gates(config, "dms", form="borrowed")
+    borrow([layer.self_attn for layer in model.model.layers], gates, keep=0.02)
+    model.save_pretrained(tmp_path)
+    add_gates(tmp_path, gates, {"params": {"delay": 8, "form": "borrowed"}})
+    outputs = prompts([130, 33], seed=3)
+    with torch.no_grad():
+        plain = model(torch.tensor([outputs[0]["prompt_token_ids"]])).logits
+        twin = load_gated(tmp_path)
+        ids = torch.tensor([outputs[0]["prompt_token_ids"]])
+        assert (twin(ids, "open").logits - plain).abs().max() > 1e-3, "RoPE's share of the neuron must matter here"
+    with engine(tmp_path, long_prefill_token_threshold=16, **RECORD) as llm:
+        check(tmp_path, llm, generate(llm, outputs, tokens=20))
