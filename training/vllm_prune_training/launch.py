@@ -126,7 +126,6 @@ def launch_local(recipe: Recipe, resume: bool) -> Outcome:
             f"launch.workers asks for {workers} processes, this machine has {have} {what}.",
             f"Set launch.workers to at most {have}, or use kind ray or an outer launcher for several machines.",
         )
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpus // workers)))
     with tempfile.TemporaryDirectory(prefix="vllm-prune-") as folder:
         task = Path(folder) / "task.json"
         task.write_text(json.dumps({"recipe": _plain(recipe), "resume": resume}), encoding="utf-8")
@@ -135,7 +134,11 @@ def launch_local(recipe: Recipe, resume: bool) -> Outcome:
             rdzv_backend="c10d", rdzv_endpoint="localhost:0", monitor_interval=0.2,
         )  # fmt: skip
         stopped, failed = 0, ""
-        # The agent replaces handlers for good, and reports refusals at length.
+        # The agent replaces handlers for good, and reports refusals at length. Its processes get our environment, and
+        # import what we imported.
+        before = dict(os.environ)
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpus // workers)))
+        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path or os.getcwd() for path in sys.path))
         handlers = {number: signal.getsignal(number) for number in SIGNALS}
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
         try:
@@ -147,6 +150,8 @@ def launch_local(recipe: Recipe, resume: bool) -> Outcome:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+            os.environ.clear()
+            os.environ.update(before)
         return _collect(Path(folder), recipe, stopped, failed)
 
 
