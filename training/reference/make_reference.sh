@@ -14,12 +14,12 @@ one() {  # recipe, name, overrides
     [ -d "$out/$name" ] || $train "examples/recipes/$recipe.yaml" --set output="$out/$name" "$@" >>"$out/$name.log" 2>&1
 }
 one dcp-reference dcp-0.5 --set model="$base" --set objective.keep=0.5
-before=$out/dcp-0.5
+before=$out/dcp-0.5 steps=120
 for keep in 0.3 0.2 0.1; do
     one dcp-reference "dcp-$keep" --set model="$before" --set gate.init_from="$before" --set objective.keep=$keep \
-        --set training.steps=100 --set objective.ramp=0.1 \
-        --set 'objective.alpha={schedule: band, start: 0.6, from: 0.0, until: 0.75}'
+        --set training.steps=$steps --set training.lr=0.003 --set objective.ramp=0.02 \
+        --set 'objective.alpha={schedule: band, start: 0.5, from: 0.0, until: 0.8}'
     before=$out/dcp-$keep
 done
-one dense-reference dense --set model="$base"
+one dense-reference dense --set model="$base" --set training.steps=400
 one dms-reference dms --set model="$base"

@@ -60,7 +60,7 @@ class GammaController:
     per step: an error as large as the target, held over the whole run, changes gamma by exp(GAIN).
     """
 
-    LOW, HIGH, GAIN = 1e-3, 3.0, 25.0
+    LOW, HIGH, GAIN = 1e-3, 3.0, 8.0
 
     def __init__(self, objective: Objective, steps: int) -> None:
         self.objective, self.steps = objective, steps
