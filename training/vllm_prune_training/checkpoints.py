@@ -83,8 +83,9 @@ def check_same(saved: dict[str, Any], recipe: dict[str, Any], data: list[dict[st
             "Restore these fields to go on, give another output, or start over with --no-resume.",
         )
     if saved["data"] != data:
+        other = [row["source"] for row, old in zip(data, saved["data"], strict=True) if row["sha256"] != old["sha256"]]
         raise PruneError(
-            f"the data differ from those of the run in {folder}: files changed since.",
+            f"the data differ from those of the run in {folder}: files changed since in {', '.join(other)}.",
             "Restore them to go on, give another output, or start over with --no-resume.",
         )
 
