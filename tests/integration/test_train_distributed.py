@@ -27,7 +27,7 @@ from vllm_prune_training.recipe_file import parse_recipe
 from vllm_prune.errors import PruneError
 
 pytestmark = pytest.mark.slow
-STEPS, TOLERANCE = 6, 1e-4
+STEPS, TOLERANCE, RESUMED = 6, 1e-4, 1e-6
 COMPARED = ("loss", "next_token", "kept", "gamma", "grad_norm", "ppl_open", "ppl_soft", "ppl_hard", "kept_hard")
 FSDP = {"kind": "accelerate", "workers": 2, "fsdp": True}
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -91,7 +91,7 @@ def assert_same(place: Path, name: str, other: str, tolerance: float = TOLERANCE
         one, two = load_file(place / name / file), load_file(place / other / file)
         assert {k: (v.shape, v.dtype) for k, v in one.items()} == {k: (v.shape, v.dtype) for k, v in two.items()}
         for key, value in two.items():
-            assert (one[key] - value).abs().max() <= max(tolerance, 1e-6) * max(1.0, value.abs().max()), key
+            assert (one[key] - value).abs().max() <= tolerance * max(1.0, value.abs().max()), key
 
 
 def go_on_from(place: Path, name: str, other: str) -> None:
@@ -134,7 +134,7 @@ def test_one_process_goes_on_from_a_sharded_run(sharded: Path) -> None:
 
 
 def test_fsdp2_under_torchrun_goes_on_exactly(sharded: Path) -> None:
-    """Processes that an outer launcher started; the losses are those of the uninterrupted run, to the last digit."""
+    """Processes that an outer launcher started; the losses are those of the uninterrupted run."""
     go_on_from(sharded, "fsdp-on", "fsdp")
     file = sharded / "fsdp-on.yaml"
     file.write_text(yaml.safe_dump(fields(sharded, "fsdp-on", **FSDP)))
@@ -145,7 +145,7 @@ def test_fsdp2_under_torchrun_goes_on_exactly(sharded: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("made ") == 1  # said by one of the two
-    assert_same(sharded, "fsdp-on", "fsdp", tolerance=0.0, since=4)
+    assert_same(sharded, "fsdp-on", "fsdp", tolerance=RESUMED, since=4)
 
 
 def test_two_processes_stop_at_a_signal_with_a_checkpoint(place: Path) -> None:
@@ -239,4 +239,4 @@ def test_ray_train_equals_one_process(single: Path) -> None:
     assert_same(single, "ray-full", "single")
     record = json.loads((single / "ray-full" / "record.json").read_text())
     assert (record["processes"], record["sharded"]) == (2, False)
-    assert_same(single, "ray", "ray-full", tolerance=0.0, since=4)
+    assert_same(single, "ray", "ray-full", tolerance=RESUMED, since=4)
