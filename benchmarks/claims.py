@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, default=Path("build/reference/corpus"))
     parser.add_argument("--work", type=Path, default=Path("build/claims"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=400, help="of the base; a quarter of them for each of the others")
+    parser.add_argument("--steps", type=int, default=1500, help="of the base; a quarter of them for each of the others")
     options = parser.parse_args()
     started = time.perf_counter()
     steps, seeds, blocks, tasks = options.steps, options.seeds, 256, 48
