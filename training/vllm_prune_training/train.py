@@ -177,6 +177,9 @@ def export(
     model = trainer.accelerator.unwrap_model(trainer.model).model
     prefix = "base." if recipe.gate.method == NO_GATES else "gated.model."
     weights = {name.removeprefix(prefix): value.to(dtype) for name, value in state.items() if name.startswith(prefix)}
+    for tied, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if source in weights:
+            weights.pop(tied, None)  # a copy by now: nothing would tell that it is the same
     try:
         made.mkdir(parents=True)
         model.config._attn_implementation = "sdpa"

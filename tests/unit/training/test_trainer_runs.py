@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import AtStep, losses, plain_recipe, recipe_of, terminate
+from training_runs import QWEN, AtStep, losses, plain_recipe, recipe_of, terminate
 from vllm_prune_training.checkpoints import SaveFailed, checkpoints
 from vllm_prune_training.masked import load_gated
 from vllm_prune_training.train import run
@@ -212,3 +212,11 @@ def test_new_models_of_other_families_are_trained(folder: Path) -> None:
             run(recipe_of({**plain, "output": str(folder / "gpt2-wrong")}))
         for name in change:
             plain["model"]["new"]["config"][name] = 64
+
+
+def test_tied_weights_are_written_once(tmp_path: Path) -> None:
+    tied = {"new": {"tokenizer_vocab": 320, "config": {**QWEN, "tie_word_embeddings": True}}}
+    recipe = recipe_of(plain_recipe(tmp_path), model=tied, training={"steps": 1})
+    run(recipe)
+    found = load_file(Path(recipe.output) / "model.safetensors")
+    assert "model.embed_tokens.weight" in found and "lm_head.weight" not in found
