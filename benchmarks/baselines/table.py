@@ -100,27 +100,40 @@ def markdown(lines: Sequence[Line], notes: Sequence[str] = ()) -> str:
     return "\n".join([*out, "", *notes]) + "\n"
 
 
+LEARNED = ("black", "crimson", "darkgreen", "navy")
+
+
 def plot(lines: Sequence[Line], path: Path, title: str) -> None:
     """PNG: perplexity against dense and recall, over the kept fraction; one curve a method."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 
     dense = next(line for line in lines if line.method == DENSE)
     methods = list(dict.fromkeys(line.method for line in lines if line.budget < 1.0))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.2))
     colours = pyplot.get_cmap("tab20")
+    shown: list[str] = []
     for number, method in enumerate(methods):
         points = sorted(
             (line.kept, line.ratio, line.recall) for line in lines if line.method == method and line.budget < 1
         )
-        style = {"marker": "o", "markersize": 4, "color": colours(number % 20), "label": method,
-                 "linestyle": "--" if "(query-aware)" in method else "-"}  # fmt: skip
+        learned = any(line.method == method and line.own_ratio is not None for line in lines)
+        style = {"marker": "o", "markersize": 7 if learned else 4, "linewidth": 3 if learned else 1.2, "label": method,
+                 "zorder": 3 if learned else 2, "linestyle": "--" if "(query-aware)" in method else "-",
+                 "color": LEARNED[len(shown) % len(LEARNED)] if learned else colours(number % 20),
+                 }  # fmt: skip
+        if learned:
+            shown.append(method)
         left.plot([p[0] for p in points], [p[1] for p in points], **style)
         right.plot([p[0] for p in points], [p[2] for p in points], **style)
     left.axhline(1.0, color="grey", linewidth=0.8)
     left.set_yscale("log")
+    left.yaxis.set_major_locator(FixedLocator([0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0]))
+    left.yaxis.set_major_formatter(FormatStrFormatter("%.1f"))
+    left.yaxis.set_minor_locator(NullLocator())
     left.set_ylabel("perplexity / dense perplexity (log)")
     right.axhline(dense.recall, color="grey", linewidth=0.8)
     right.set_ylabel("share of answers right")
