@@ -28,3 +28,8 @@ from dcp-0.3b dcp-0.3 --set objective.keep=null --set objective.gamma=0.15 --set
     --set 'training.lengths=[[0.6,1024],[1.0,2048]]'
 one dense-reference dense --set model="$base" --set training.steps=400
 one dms-reference dms --set model="$base" --set training.steps=120 --set training.lengths=1024
+# DCP distilled from the base, at a quarter of the rate: what examples/reference-dcp holds.
+one dcp-reference dcp-kl --set model="$base" --set gate.init_from="$out/dcp-0.5" --set objective.kl_forward=1.0 \
+    --set objective.keep=0.3 --set objective.ramp=0.02 --set training.steps=150 --set training.lengths=1024 \
+    --set training.lr=0.001 --set training.adam_lr=2.0e-4 \
+    --set 'objective.alpha={schedule: band, start: 0.4, from: 0.0, until: 0.7}'
