@@ -66,6 +66,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--texts", type=int, help="held-out continuations; default 8")
     parser.add_argument("--tasks", type=int, help="contexts of each task; default 4")
     parser.add_argument("--presses", nargs="*", help="names in baselines/press.py; none leaves them out")
+    parser.add_argument("--add", action="store_true", help="only the --gated ones, added to what OUT.json has already")
     parser.add_argument("--quick", action="store_true", help="under two minutes, for a look; proves little")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(arguments)
@@ -153,6 +154,41 @@ def logit_check(model: ours.Model, cases: Sequence[Case]) -> dict[str, Any]:
     return {"ids": ids, "logits": logits[0, -1].tolist()}
 
 
+def untrained(
+    args: argparse.Namespace,
+    cases: Sequence[Case],
+    test: Sequence[Case],
+    rows: list[Row],
+    timed: Any,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """All that needs no training, on the base: rows and seconds are added to; the record of the presses."""
+    base = ours.load_base(args.model)
+    timed("dense", ours.dense_rows(base, test))
+    timed("oracle", ours.oracle_rows(base, test, args.budgets))
+    timed("untrained gates", ours.untrained_rows(base, test, args.budgets))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "cases.json"
+        save_cases(path, cases, logit_check(base, test), {"plan": plan_of(args).__dict__})
+        at = time.time()
+        more, presses = run_presses(args.model, path, args)
+        rows += more
+        seconds["presses"] = round(time.time() - at, 1)
+    del base
+    return presses
+
+
+def earlier(path: Path, model: Path, plan: CasePlan) -> dict[str, Any]:
+    """An earlier result to add to. Raises PruneError: there is none, or it is of another model or other cases."""
+    if not path.is_file():
+        raise PruneError(f"there is no {path} to add to.", "Run without --add first.")
+    before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    asked = json.loads(json.dumps(plan.__dict__))
+    if before["plan"] != asked or f"--model {model} " not in before["command"]:
+        raise PruneError(f"{path} is of another model or other cases.", "Run without --add, or name another file.")
+    return before
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     torch.set_num_threads(args.threads)
@@ -173,18 +209,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seconds[name] = round(time.time() - at, 1)
         print(f"{name}: {seconds[name]:.0f} s", flush=True)
 
-    base = ours.load_base(args.model)
-    timed("dense", ours.dense_rows(base, test))
-    timed("oracle", ours.oracle_rows(base, test, args.budgets))
-    timed("untrained gates", ours.untrained_rows(base, test, args.budgets))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "cases.json"
-        save_cases(path, cases, logit_check(base, test), {"plan": plan.__dict__})
-        at = time.time()
-        more, presses = run_presses(args.model, path, args)
-        rows += more
-        seconds["presses"] = round(time.time() - at, 1)
-    del base
+    if args.add:
+        before = earlier(args.json, args.model, plan)
+        names = {name for name, _, _ in args.gated}
+        methods = {row["method"] for row in before["rows"]} - names
+        rows = [Row(**row) for row in before["rows"] if row["method"].removesuffix(" (open)") in methods]
+        strengths = {key: value for key, value in before["strengths"].items() if key.partition("@")[0] not in names}
+        notes = [note for note in before["notes"] if note.split(" ")[0] not in names]
+        seconds, presses = before["seconds"], before["presses"]
+    else:
+        presses = untrained(args, cases, test, rows, timed, seconds)
     for name, gated, budgets in args.gated:
         open_corpus(args.corpus, gated, plan)
         model = ours.load_with_gates(gated)
@@ -193,8 +227,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lines = summarize(rows)
     if "left_out" in presses:
         notes.append(f"Presses left out: {presses['left_out']}.")
+    command = " ".join(["python", "benchmarks/quality.py", *(arguments or sys.argv[1:])])
     result = {
-        "what": PROTOCOL, "command": " ".join(["python", "benchmarks/quality.py", *(arguments or sys.argv[1:])]),
+        "what": PROTOCOL, "command": f"{before['command']}; {command}" if args.add else command,
         "commit": git_commit(), "versions": {name: version(name) for name in ("torch", "transformers")},
         "presses": presses, "plan": plan.__dict__, "cases": len(test), "strengths": strengths, "notes": notes,
         "seconds": {**seconds, "all": round(time.time() - started, 1)},
