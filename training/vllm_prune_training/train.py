@@ -61,7 +61,7 @@ def _arguments(recipe: Recipe, work: Path, extra: dict[str, Any]) -> TrainingArg
         import tensorboard  # noqa: F401
 
         report = ["tensorboard"]
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(work / "tensorboard"))
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(work / "tensorboard")  # not that of an earlier run here
     except ImportError:
         report = []
     return TrainingArguments(**{
