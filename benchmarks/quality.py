@@ -20,11 +20,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -231,6 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = {
         "what": PROTOCOL, "command": f"{before['command']}; {command}" if args.add else command,
         "commit": git_commit(), "versions": {name: version(name) for name in ("torch", "transformers")},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {"cores": os.cpu_count(), "threads": args.threads, "cpu": platform.processor() or platform.machine()},
         "presses": presses, "plan": plan.__dict__, "cases": len(test), "strengths": strengths, "notes": notes,
         "seconds": {**seconds, "all": round(time.time() - started, 1)},
         "lines": as_json(lines), "rows": [row.__dict__ for row in rows],
