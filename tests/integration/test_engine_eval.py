@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -76,7 +75,7 @@ def test_perplexity_is_the_masked_twins(run: Any, twin: GatedModel, made: list[s
     assert perplexity(served, tokens) == pytest.approx(perplexity(hard, tokens), rel=1e-4)
     assert served == pytest.approx(hard, rel=1e-4)
     # The gates matter here, so that the comparison could fail.
-    assert abs(math.log(perplexity(opened, tokens) / perplexity(hard, tokens))) > 1e-2
+    assert max(abs(a / b - 1.0) for a, b in zip(opened, hard, strict=True)) > 20e-4
 
 
 @torch.no_grad()
