@@ -140,7 +140,7 @@ class TrainedModel(nn.Module):
         knobs: dict[str, Any] = {}
         perturb: Perturb | None = None
         if self.method == "dcp":
-            knobs["alpha"] = alpha
+            knobs.update(alpha=alpha, leak=self.recipe.objective.leak)
         elif self.method == "dms":
             knobs["tau"] = self.recipe.objective.tau
             if keys is not None:

@@ -134,7 +134,7 @@ class Alpha(Part):
         return (low if self.since is None else self.since, high if self.until is None else self.until)
 
 
-OF_METHOD = {"dcp": ("gamma", "keep", "alpha"), "dms": ("compression", "closed", "tau", "budget_weight")}
+OF_METHOD = {"dcp": ("gamma", "keep", "alpha", "leak"), "dms": ("compression", "closed", "tau", "budget_weight")}
 """Fields of ``Objective`` that mean something for one method only."""
 
 
@@ -154,6 +154,7 @@ class Objective(Part):
         closed: DMS: the closed fraction, ramping linearly.
         ramp: share of the run after which the target stays.
         alpha: DCP's schedule.
+        leak: DCP (ours): gradient of log p where p is exactly 1, so that keys kept beyond doubt can still be let go.
         tau: DMS's temperature.
         budget_weight: DMS's weight of max(target - closed, 0).
         answer_weight: weight of a task's answer tokens in the losses; other tokens have 1.
@@ -168,6 +169,7 @@ class Objective(Part):
     closed: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     ramp: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     alpha: Alpha = Field(default_factory=Alpha)
+    leak: NotNegative = 0.0
     tau: Positive = 0.1
     budget_weight: Positive = 1.0
     answer_weight: NotNegative = 1.0

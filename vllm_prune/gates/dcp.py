@@ -127,7 +127,7 @@ class DCPGate(Gate):
         )  # (key, query)
         t = s.shape[-1]
         past = torch.ones(t, t, dtype=torch.bool, device=s.device).triu(1)
-        log_p = log_sigma_alpha(s, soft["alpha"]).masked_fill(~past, 0.0)
+        log_p = log_sigma_alpha(s, soft["alpha"], soft.get("leak", 0.0)).masked_fill(~past, 0.0)
         return log_p.cumsum(dim=-1).clamp_min(LOG_FLOOR).transpose(-1, -2)  # over contiguous queries: faster
 
     def soft_inputs(self, features: torch.Tensor) -> torch.Tensor:
@@ -145,6 +145,6 @@ class DCPGate(Gate):
         s = k @ q.transpose(-1, -2) / math.sqrt(self.unit_rank) + beta  # [B, E, S, R] (key, query)
         pos = torch.arange(t, device=s.device)
         past = pos[:, None] < pos[start:]
-        log_p = torch.where(past, log_sigma_alpha(s, soft["alpha"]), 0.0)
+        log_p = torch.where(past, log_sigma_alpha(s, soft["alpha"], soft.get("leak", 0.0)), 0.0)
         total = log_p.cumsum(dim=-1) + carry[..., None]
         return total.clamp_min(LOG_FLOOR).transpose(-1, -2), total[..., -1]

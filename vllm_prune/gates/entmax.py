@@ -94,7 +94,7 @@ def sigma_alpha(s: torch.Tensor, alpha: Alpha) -> torch.Tensor:
 
 class _LogSigmaAlpha(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, s: torch.Tensor, alpha: Alpha) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, s: torch.Tensor, alpha: Alpha, leak: float) -> torch.Tensor:  # type: ignore[override]
         inside = s.abs() * (alpha - 1.0) < 1.0
         if _is_near_one(alpha):
             z, dz = _solve_near_one(s, float(alpha))
@@ -104,15 +104,19 @@ class _LogSigmaAlpha(torch.autograd.Function):
             # d log p / ds = (1/p) / (p^(a-1) + q^(a-1)) = 1 / (u + w p/q), and with p, q (u, w) swapped for s > 0
             slope = torch.where(s > 0, 1.0 / (w + u * q / p.clamp_min(_TINY)), 1.0 / (u + w * p / q).clamp_min(_TINY))
             log_p = torch.where(s > 0, torch.log1p(-p), torch.log(p.clamp_min(_TINY)).clamp_min(LOG_P_FLOOR))
-        ctx.save_for_backward(torch.where(inside, slope, 0.0))
+        ctx.save_for_backward(torch.where(inside, slope, torch.where(s > 0, leak, 0.0)))
         return torch.where(inside, log_p, torch.where(s > 0, 0.0, LOG_P_FLOOR))
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
         (slope,) = ctx.saved_tensors
-        return grads[0] * slope, None
+        return grads[0] * slope, None, None
 
 
-def log_sigma_alpha(s: torch.Tensor, alpha: Alpha) -> torch.Tensor:
-    """log sigma_alpha(s), clamped at LOG_P_FLOOR, differentiable in s. Same shape; float32 or float64."""
-    return _LogSigmaAlpha.apply(s, alpha)  # type: ignore[no-any-return]
+def log_sigma_alpha(s: torch.Tensor, alpha: Alpha, leak: float = 0.0) -> torch.Tensor:
+    """log sigma_alpha(s), clamped at LOG_P_FLOOR, differentiable in s. Same shape; float32 or float64.
+
+    ``leak`` (ours) is handed on as d log p / ds where p is exactly 1, instead of 0: without it a key whose scores have
+    all left the band upwards is never looked at again, however little it is needed.
+    """
+    return _LogSigmaAlpha.apply(s, alpha, leak)  # type: ignore[no-any-return]

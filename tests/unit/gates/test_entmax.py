@@ -117,3 +117,15 @@ def test_far_scores_close_to_one_are_finite_and_right(alpha: float) -> None:
         assert torch.isfinite(log_p).all() and torch.isfinite(x.grad).all() and (x.grad >= 0).all()  # type: ignore[union-attr]
         expected = bisect(s, alpha).clamp_min(1e-300).log().clamp_min(LOG_P_FLOOR)
         torch.testing.assert_close(log_p.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_leak_is_the_gradient_above_the_band_and_changes_nothing_else() -> None:
+    plain, leaky = (torch.linspace(-0.5, 0.5, 101, dtype=torch.float64).requires_grad_() for _ in range(2))
+    expected, found = log_sigma_alpha(plain, 4.0), log_sigma_alpha(leaky, 4.0, 0.03)
+    assert torch.equal(found, expected)
+    expected.sum().backward()
+    found.sum().backward()
+    above = plain.detach() > 1 / 3
+    assert leaky.grad is not None and plain.grad is not None and above.any()
+    assert torch.allclose(leaky.grad[above], torch.tensor(0.03, dtype=torch.float64), rtol=1e-6)
+    assert torch.equal(leaky.grad[~above], plain.grad[~above])
