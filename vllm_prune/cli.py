@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +29,24 @@ def main(
     """Learned context eviction for vLLM."""
 
 
+def _refuse(error: PruneError) -> typer.Exit:
+    """Print a refusal in red; the exit to raise, with the error's own code or 2."""
+    from rich.console import Console
+
+    Console(stderr=True, style="red").print(str(error), markup=False, highlight=False)
+    return typer.Exit(getattr(error, "exit_code", 2))
+
+
+@contextmanager
+def _training_package(command: str) -> Iterator[None]:
+    """Around a command's imports of the training package: without it, exit with 2 and say what to install."""
+    try:
+        yield
+    except ImportError as error:
+        typer.echo(f"vllm-prune: {command} needs the training package ({error}). Install vllm-prune[train].", err=True)
+        raise typer.Exit(2) from None
+
+
 @app.command()
 def demo(
     model: Annotated[Path | None, typer.Option(help="Gated checkpoint. Default: examples/reference-dcp")] = None,
@@ -46,8 +66,7 @@ def demo(
     try:
         run_demo(options, Console())
     except PruneError as error:
-        Console(stderr=True, style="red").print(str(error), markup=False, highlight=False)
-        raise typer.Exit(2) from None
+        raise _refuse(error) from None
 
 
 @app.command("eval")
@@ -70,12 +89,9 @@ def evaluate(
 
     from vllm_prune.option_lists import names, whole_numbers
 
-    try:
+    with _training_package("eval"):
         from vllm_prune_training.engine_eval import main as engine_eval
         from vllm_prune_training.engine_eval.samples import NAMES
-    except ImportError as error:
-        typer.echo(f"vllm-prune: eval needs the training package ({error}). Install vllm-prune[train].", err=True)
-        raise typer.Exit(2) from None
     if tasks == "help":
         typer.echo("\n".join(NAMES))
         return
@@ -86,16 +102,7 @@ def evaluate(
         )  # fmt: skip
         engine_eval.run_eval(options, Console())
     except PruneError as error:
-        Console(stderr=True, style="red").print(str(error), markup=False, highlight=False)
-        raise typer.Exit(2) from None
-
-
-def _refuse(error: PruneError) -> typer.Exit:
-    """Print a refusal in red; the exit to raise."""
-    from rich.console import Console
-
-    Console(stderr=True, style="red").print(str(error), markup=False, highlight=False)
-    return typer.Exit(2)
+        raise _refuse(error) from None
 
 
 @app.command()
@@ -108,9 +115,9 @@ def calibrate(
     max_rise: Annotated[float, typer.Option(help="Perplexity rise that is called safe, a fraction.")] = 0.01,
 ) -> None:
     """Measure kept fraction, perplexity and KL against strength; store the table, so that "keep" can be asked for."""
-    try:
+    with _training_package("calibrate"):
         from vllm_prune_training import calibrate as command
-
+    try:
         wanted = command.parse_strengths(strengths)
         options = command.CalibrateOptions(folder, data, length, wanted, tokens, max_rise)
         table = command.calibrate(options, typer.echo)
@@ -130,9 +137,9 @@ def report(
     quick: Annotated[bool, typer.Option("--quick", help="Less text, at most 1024 tokens a window.")] = False,
 ) -> None:
     """Write a card: what the gates keep by layer, head, depth and kind of token, what it costs, and what is safe."""
-    try:
+    with _training_package("report"):
         from vllm_prune_training import report_card as card
-
+    try:
         path = card.report(card.ReportOptions(folder, data, out, length, tokens, texts, quick), typer.echo)
     except PruneError as error:
         raise _refuse(error) from None
@@ -150,18 +157,12 @@ def train(
     ] = True,
 ) -> None:
     """Train gates by a recipe, from text to a folder that `vllm serve` takes. Exit codes: docs/training.md."""
-    from rich.console import Console
-
-    try:
+    with _training_package("train"):
         from vllm_prune_training.command import train_command
-    except ImportError as error:
-        typer.echo(f"vllm-prune: train needs the training package ({error}). Install vllm-prune[train].", err=True)
-        raise typer.Exit(2) from None
     try:
         code = train_command(recipe, overrides or [], resume)
     except PruneError as error:
-        Console(stderr=True, style="red").print(str(error), markup=False, highlight=False)
-        raise typer.Exit(getattr(error, "exit_code", 2)) from None
+        raise _refuse(error) from None
     raise typer.Exit(code)
 
 
@@ -183,10 +184,10 @@ def export(
     import shlex
     import sys
 
-    try:
+    with _training_package("export"):
         from vllm_prune_training import export as command
         from vllm_prune_training.baseline_gates import read_params
-
+    try:
         made = command.export(
             command.ExportOptions(
                 base, out, gates, method, read_params(params), read_params(protect), strength, overwrite, other_weights,

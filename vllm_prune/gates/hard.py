@@ -1,8 +1,9 @@
-"""Log visibility of gates without parameters: their hard mask, so that a base model can be fine-tuned under it."""
+"""Gates without parameters: their hard mask as log visibility, so that a base model can be fine-tuned under it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -30,3 +31,25 @@ def hard_log_visibility(gate: Gate, features: torch.Tensor, soft: Mapping[str, f
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     log_v = torch.zeros(expiry.shape[0], t - start, t, dtype=dtype, device=features.device)
     return log_v.masked_fill(expiry <= query, LOG_FLOOR).expand(b, -1, -1, -1)  # expiry > j: past keys alone can expire
+
+
+class HardGate(Gate):
+    """A gate whose expiries depend on nothing but the position: F = 0, nothing to train, and nothing to soften.
+
+    ``soft`` of both forms of log visibility: see ``hard_log_visibility``.
+    """
+
+    @property
+    def num_features(self) -> int:
+        return 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[..., :0]
+
+    def log_visibility(self, features: torch.Tensor, **soft: float) -> torch.Tensor:
+        return hard_log_visibility(self, features, soft)
+
+    def visibility_rows(
+        self, inputs: torch.Tensor, start: int, carry: torch.Tensor | None, **soft: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return hard_log_visibility(self, inputs, soft, start), None

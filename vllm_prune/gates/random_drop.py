@@ -11,12 +11,12 @@ Known when the key is written (``Reveal.AT_WRITE``). Survivors at a higher stren
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
-from vllm_prune.gates.base import NEVER, Gate, GateShape, Protection, Reveal, Scope, protected_from
-from vllm_prune.gates.hard import hard_log_visibility
+from vllm_prune.gates.base import NEVER, GateShape, Protection, Reveal, Scope, protected_from
+from vllm_prune.gates.hard import HardGate
 
 MOST_LAYERS = 256
 """The layer's index lives in a tensor of the gate file, which may be cast to bfloat16: exact up to here."""
@@ -32,7 +32,7 @@ def mix(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 16)
 
 
-class RandomGate(Gate):
+class RandomGate(HardGate):
     """Random eviction for one layer. Needs no training; its only tensor says which layer it is.
 
     Args:
@@ -66,16 +66,9 @@ class RandomGate(Gate):
         self.seed = seed
         self.register_buffer("layer", torch.tensor(-1.0))
 
-    @property
-    def num_features(self) -> int:
-        return 0
-
     def at_layer(self, index: int) -> RandomGate:
         self.layer.fill_(float(index))
         return self
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x[..., :0]
 
     def salts(self) -> torch.Tensor:
         """int64 [H] in [0, 2^32): what tells the KV heads of all layers apart.
@@ -100,12 +93,3 @@ class RandomGate(Gate):
         bits = mix(mix(pos)[None, :] ^ self.salts().to(pos.device)[:, None])  # [H, T]
         at = (pos + self.delay + 1).maximum(protected_from(protection, t, pos.device))
         return torch.where(bits < self.limit(strength), NEVER, at[None, :])
-
-    def log_visibility(self, features: torch.Tensor, **soft: float) -> torch.Tensor:
-        """The hard mask itself, as there is nothing to soften; see ``hard_log_visibility`` for ``soft``."""
-        return hard_log_visibility(self, features, soft)
-
-    def visibility_rows(
-        self, inputs: torch.Tensor, start: int, carry: torch.Tensor | None, **soft: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return hard_log_visibility(self, inputs, soft, start), None

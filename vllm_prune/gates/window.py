@@ -9,18 +9,18 @@ so that with c sinks a layer holds at most c + w' + 1 keys. Known when the key i
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
-from vllm_prune.gates.base import NEVER, Gate, GateShape, Protection, Reveal, Scope, protected_from
-from vllm_prune.gates.hard import hard_log_visibility
+from vllm_prune.gates.base import NEVER, GateShape, Protection, Reveal, Scope, protected_from
+from vllm_prune.gates.hard import HardGate
 
 MOST_TOKENS = 2**30
 """Positions plus a window must fit int32."""
 
 
-class WindowGate(Gate):
+class WindowGate(HardGate):
     """A window over the last tokens, for one layer. Needs no training and holds no weights.
 
     Args:
@@ -39,13 +39,6 @@ class WindowGate(Gate):
         self.shape = shape
         self.window = window
 
-    @property
-    def num_features(self) -> int:
-        return 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x[..., :0]
-
     def window_at(self, strength: float) -> int:
         """w' in tokens for a strength above 0: 1 is as given, 2 half of it, 0.5 twice as much.
 
@@ -62,12 +55,3 @@ class WindowGate(Gate):
         if strength == 0.0:
             return torch.full((1, t), NEVER, dtype=torch.int64, device=features.device)
         return (pos + self.window_at(strength) + 1).maximum(protected_from(protection, t, features.device))[None]
-
-    def log_visibility(self, features: torch.Tensor, **soft: float) -> torch.Tensor:
-        """The hard mask itself, as there is nothing to soften; see ``hard_log_visibility`` for ``soft``."""
-        return hard_log_visibility(self, features, soft)
-
-    def visibility_rows(
-        self, inputs: torch.Tensor, start: int, carry: torch.Tensor | None, **soft: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return hard_log_visibility(self, inputs, soft, start), None

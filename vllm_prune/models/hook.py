@@ -38,7 +38,8 @@ OPTIONS = {"strength": float, "record": bool, "keep": float}
 
 
 def options_of(vllm_config: VllmConfig) -> dict[str, Any]:
-    """The plugin's server options. Raises PruneError for an unknown name or a bad value."""
+    """The plugin's server options. Raises PruneError for an unknown name or a bad value; ``served_section``, for two that
+    exclude each other."""
     options = server_options(vllm_config)
     if not isinstance(options, dict):
         raise PruneError("additional_config.vllm_prune must be an object.", f"Known fields: {', '.join(OPTIONS)}.")
@@ -62,10 +63,6 @@ def options_of(vllm_config: VllmConfig) -> dict[str, Any]:
         raise PruneError(
             f"additional_config.vllm_prune.keep must lie in 0..1, above 0, got {keep}.",
             "It is the share of keys to keep: 1 keeps all.",
-        )
-    if strength is not None and keep is not None:
-        raise PruneError(
-            "additional_config.vllm_prune has both strength and keep.", "Give one: each decides the other."
         )
     return options
 
