@@ -86,14 +86,7 @@ def _text(
         return made.text, [(answer.start, answer.end) for answer in made.answers], depths
     questions = max(1, min(QUESTIONS, tokens // 128))
     stack = tasks.make_haystack(name, seed, tokens, count, questions=questions, filler=filler)
-    text, spans, depths = stack.context, [], []
-    for item in stack.items:
-        text += item.question + item.answer_prefix + " "
-        answer = ", ".join(item.references)
-        spans.append((len(text), len(text) + len(answer)))
-        depths.append(sum(item.depths) / max(1, len(item.depths)))
-        text += answer + ".\n"
-    return text, spans, depths
+    return *stack.answered(), [sum(item.depths) / max(1, len(item.depths)) for item in stack.items]
 
 
 @torch.no_grad()

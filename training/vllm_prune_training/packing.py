@@ -90,22 +90,10 @@ def write_tokens(path: Path, texts: Sequence[str], tokenizer: PreTrainedTokenize
     return total
 
 
-def line_counter(tokenizer: PreTrainedTokenizerBase) -> recall.Count:
-    """Counts the tokens of one line with the tokenizer, for ``recall.make_recall``."""
-    return tasks.counter(tokenizer)
-
-
 def encode_recall(task: recall.Recall, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[range]]:
     """Token ids of bos + task and, for each answer, the range of positions its tokens take."""
-    encoding = tokenizer.backend_tokenizer.encode(task.text, add_special_tokens=False)
-    starts = np.asarray([offset[0] for offset in encoding.offsets])
-    ends = np.asarray([offset[1] for offset in encoding.offsets])
-    spans = []
-    for answer in task.answers:
-        first = int(np.searchsorted(ends, answer.start, side="right"))
-        last = int(np.searchsorted(starts, answer.end, side="left"))
-        spans.append(range(first + 1, last + 1))
-    return [tokenizer.bos_token_id, *encoding.ids], spans
+    ids, spans = tasks.encode(tokenizer, task.text, [(answer.start, answer.end) for answer in task.answers])
+    return [tokenizer.bos_token_id, *ids], [range(span.start + 1, span.stop + 1) for span in spans]
 
 
 class MixedWindows(Dataset[Sample]):

@@ -105,9 +105,4 @@ def make_sample(
         questions = max(1, int(2 ** rng.uniform(0.0, 1.0 + np.log2(max(1, tokens / 256)))))
     stack = make_haystack(name, rng.getrandbits(60), tokens, count, neutral=rng.random() < 0.3, questions=questions,
                           filler=filler)  # fmt: skip
-    text, answers = stack.context, []
-    for item in stack.items:
-        text += item.question + item.answer_prefix + " "
-        answers.append((len(text), len(text) + len(", ".join(item.references))))
-        text += ", ".join(item.references) + ".\n"
-    return encode(tokenizer, text, answers)
+    return encode(tokenizer, *stack.answered())

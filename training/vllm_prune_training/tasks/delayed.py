@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-from .ruler import DEPTHS, NOISE, Count, Haystack, Item, _Words
+from .ruler import DEPTHS, Count, Haystack, Item, _fill, _Words
 
 TOKENS_PER_EXCHANGE = 256
 """One question in between for so many tokens, and at least two."""
@@ -54,14 +54,7 @@ def _delayed(
             break
         left -= cost
         events += [(told, len(events), tell(key, value)), (answered, len(events) + 1, exchange)]
-    fill: list[str] = []
-    at = rng.randrange(len(filler)) if filler else 0
-    source = filler or NOISE
-    while left > 0:
-        line = source[(at + len(fill)) % len(source)]
-        left -= count(line)
-        if left >= 0:
-            fill.append(line)
+    fill = _fill(rng, filler, left, count)
     body: list[str] = []
     done = 0
     for place, _, line in sorted(events):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-from .ruler import NOISE, Count, Haystack, Item, _Words
+from .ruler import Count, Haystack, Item, _fill, _Words
 
 RULES = 8
 TOKENS_PER_RULE = 64
@@ -41,14 +41,7 @@ def _instructions(
 
     left = tokens - count(head) - sum(map(count, lines))
     left -= questions * (count(question) + max(map(count, lines)) + 2)
-    fill: list[str] = []
-    at = rng.randrange(len(filler)) if filler else 0
-    source = filler or NOISE
-    while left > 0:
-        line = source[(at + len(fill)) % len(source)]
-        left -= count(line)
-        if left >= 0:
-            fill.append(line)
+    fill = _fill(rng, filler, left, count)
     context = head + "".join(lines) + "".join(fill)
     wanted = range(len(rules)) if questions >= len(rules) else rng.sample(range(len(rules)), questions)
     starts = [len(head) + sum(map(len, lines[:i])) for i in range(len(rules))]  # characters, as the depth of a rule

@@ -53,6 +53,16 @@ class Haystack:
     items: tuple[Item, ...]
     max_new_tokens: int
 
+    def answered(self) -> tuple[str, list[tuple[int, int]]]:
+        """The text with every question and its answer written out, and the (start, end) of each answer's characters."""
+        text, answers = self.context, []
+        for item in self.items:
+            text += item.question + item.answer_prefix + " "
+            answer = ", ".join(item.references)
+            answers.append((len(text), len(text) + len(answer)))
+            text += answer + ".\n"
+        return text, answers
+
 
 @dataclass(frozen=True)
 class Task:
@@ -102,6 +112,19 @@ class _Words:
 
     def code(self) -> str:
         return self._new(lambda: "".join(self.rng.choices("abcdefghijklmnopqrstuvwxyz", k=6)))
+
+
+def _fill(rng: random.Random, filler: Sequence[str], tokens: int, count: Count) -> list[str]:
+    """Lines in a row of at most so many tokens together: of the filler from a place drawn from it, or of the noise."""
+    at = rng.randrange(len(filler)) if filler else 0
+    source = filler or NOISE
+    lines: list[str] = []
+    while tokens > 0:
+        line = source[(at + len(lines)) % len(source)]
+        tokens -= count(line)
+        if tokens >= 0:
+            lines.append(line)
+    return lines
 
 
 def _spread(rng: random.Random, filler: list[str], needles: list[str]) -> tuple[list[str], list[float]]:
@@ -163,14 +186,7 @@ def _needles(
         lines = [line for _, _, line in first]
         depths = [i / max(1, len(lines) - 1) for i in range(len(lines))]
     else:
-        fill: list[str] = []
-        at = rng.randrange(len(filler)) if haystack == "text" and filler else 0
-        source: Sequence[str] = filler if haystack == "text" and filler else NOISE
-        while left > 0:
-            line = source[(at + len(fill)) % len(source)]
-            left -= count(line)
-            if left >= 0:
-                fill.append(line)
+        fill = _fill(rng, filler if haystack == "text" else (), left, count)
         lines, depths = _spread(rng, fill, [line for _, _, line in first])
     where = {key: depth for (key, _, _), depth in zip(first, depths, strict=True)}
     items = tuple(item(key, value, where[key]) for key, value, _ in asked)
