@@ -20,15 +20,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +33,10 @@ from baselines import ours
 from baselines.case_file import Case, Row, save_cases
 from baselines.cases import CasePlan, make_cases
 from baselines.table import as_json, markdown, plot, summarize
+from common import origin
 from transformers import AutoConfig, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 from vllm_prune_training.packing import Corpus, load_corpus
-from vllm_prune_training.provenance import git_commit
 
 from vllm_prune.errors import PruneError
 
@@ -173,10 +169,10 @@ def untrained(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cases.json"
         save_cases(path, cases, logit_check(base, test), {"plan": plan_of(args).__dict__})
-        at = time.time()
+        at = time.perf_counter()
         more, presses = run_presses(args.model, path, args)
         rows += more
-        seconds["presses"] = round(time.time() - at, 1)
+        seconds["presses"] = round(time.perf_counter() - at, 1)
     del base
     return presses
 
@@ -196,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     torch.set_num_threads(args.threads)
     disable_progress_bar()
-    started, plan = time.time(), plan_of(args)
+    started, plan = time.perf_counter(), plan_of(args)
     corpus = open_corpus(args.corpus, args.model, plan)
     cases = make_cases(corpus, plan)
     test = [case for case in cases if case.split == "test"]
@@ -207,9 +203,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     notes: list[str] = []
 
     def timed(name: str, more: Any) -> None:
-        at = time.time()
+        at = time.perf_counter()
         rows.extend(more)
-        seconds[name] = round(time.time() - at, 1)
+        seconds[name] = round(time.perf_counter() - at, 1)
         print(f"{name}: {seconds[name]:.0f} s", flush=True)
 
     if args.add:
@@ -230,14 +226,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lines = summarize(rows)
     if "left_out" in presses:
         notes.append(f"Presses left out: {presses['left_out']}.")
+    record = origin(args.threads, started)
     command = " ".join(["python", "benchmarks/quality.py", *(arguments or sys.argv[1:])])
     result = {
-        "what": PROTOCOL, "command": f"{before['command']}; {command}" if args.add else command,
-        "commit": git_commit(), "versions": {name: version(name) for name in ("torch", "transformers")},
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"cores": os.cpu_count(), "threads": args.threads, "cpu": platform.processor() or platform.machine()},
+        "what": PROTOCOL, **record, "command": f"{before['command']}; {command}" if args.add else command,
         "presses": presses, "plan": plan.__dict__, "cases": len(test), "strengths": strengths, "notes": notes,
-        "seconds": {**seconds, "all": round(time.time() - started, 1)},
+        "seconds": {**seconds, "all": record["seconds"]},
         "lines": as_json(lines), "rows": [row.__dict__ for row in rows],
     }  # fmt: skip
     args.json.parent.mkdir(parents=True, exist_ok=True)
