@@ -49,11 +49,6 @@ def global_sum(value: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def global_mean(value: torch.Tensor) -> torch.Tensor:
-    """Mean of a tensor over all ranks, without a gradient. For means over equal shares (the kept fraction)."""
-    return global_sum(value) / world_size()
-
-
 def weighted_mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Weighted mean of this rank's values over the global sum of weights, times W: see the module.
 
