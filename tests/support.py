@@ -54,12 +54,17 @@ def random_gates(config: Any, method: str, seed: int = 0, **params: Any) -> list
     torch.manual_seed(seed + 1000)
     shape = GateShape(config.hidden_size, config.num_key_value_heads, config.num_hidden_layers)
     gates: list[Gate] = []
+    gate: Gate
     for layer in range(shape.num_layers):
         if method not in ("dcp", "dms"):
-            gates.append(GATES[method](shape, **params).at_layer(layer))
+            gate = GATES[method](shape, **params).at_layer(layer)
+            for weight in gate.parameters():  # a predictor's: what it says must depend on what it reads
+                if weight.ndim == 2:
+                    torch.nn.init.normal_(weight, std=3.0 / weight.shape[1] ** 0.5)
+            gates.append(gate)
             continue
         if method == "dcp":
-            gate: Gate = DCPGate(shape, **{"rank": 16, "beta": 1.5, **params})
+            gate = DCPGate(shape, **{"rank": 16, "beta": 1.5, **params})
             torch.nn.init.normal_(gate.qk.weight, std=0.7 / shape.hidden_size**0.25 / 2)
         else:
             gate = DMSGate(shape, **{"delay": 8, **params})

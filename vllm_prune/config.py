@@ -174,7 +174,12 @@ def parse_drop_gate(
     strength = section.strength if override_strength is None else override_strength
     section = section.at_strength(strength if keep is None else section.strength_for(keep))
     with torch.device("meta"):  # sizes are checked, nothing is allocated
-        section.build_gate()
+        gate = section.build_gate()
+    if not gate.protects and section.protection != Protection():
+        raise PruneError(
+            f"drop_gate.protect means nothing to method '{section.method}', which does not choose keys.",
+            "Remove it from config.json.",
+        )
     base = {
         "num_layers": hf_config.num_hidden_layers,
         "num_kv_heads": getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads,
@@ -186,6 +191,9 @@ def parse_drop_gate(
                 f"drop_gate.{field} is {getattr(section, field)} but the base model has {expected}.",
                 "The gates belong to another base model: export them with the base they were trained on.",
             )
+    misfit = gate.misfit(hf_config)
+    if misfit is not None:
+        raise PruneError(misfit, "Export the gates with the base model that they were trained on.")
     return section
 
 
@@ -236,12 +244,11 @@ def load_gates(path: str, section: DropGateConfig) -> list[dict[str, torch.Tenso
         PruneError: the file is truncated or no safetensors, a tensor is missing, unknown, of a wrong shape, or not finite.
     """
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in section.build_gate().state_dict().items()}
-    wanted = {
-        f"{TENSOR_PREFIX}.{layer}.{name}": shape
-        for layer in range(section.num_layers)
-        for name, shape in shapes.items()
-    }
+        wanted = {
+            f"{TENSOR_PREFIX}.{layer}.{name}": tensor.shape
+            for layer, gate in enumerate(section.build_gates())
+            for name, tensor in gate.state_dict().items()
+        }
     again = "Copy or export the checkpoint again."
     try:
         with safe_open(path, framework="pt") as file:

@@ -41,6 +41,7 @@ class StepGrant:
         remaining: tokens known to follow (the rest of a prompt, or of what a preempted request had generated).
         last: the request ends with this step (its token limit), so it needs no room beyond.
         in_flight: tokens that may be scheduled before this step's report is read (0 without asynchronous scheduling).
+        prompt: P, tokens of the request's own prompt, whatever was generated and is computed again.
     """
 
     epoch: int
@@ -49,6 +50,7 @@ class StepGrant:
     remaining: int
     last: bool
     in_flight: int
+    prompt: int
 
 
 @dataclass
@@ -118,7 +120,9 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
             last = remaining == 0 and request.num_output_tokens + 1 >= request.max_tokens
             ahead = self._ahead * max(min(remaining, self._chunk), 1)
             blocks = [block.block_id for block in grants.take_unsent()]
-            meta.grants[req_id] = StepGrant(grants.epoch, blocks, covered, remaining, last, ahead)
+            meta.grants[req_id] = StepGrant(
+                grants.epoch, blocks, covered, remaining, last, ahead, request.num_prompt_tokens
+            )
         return meta
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:

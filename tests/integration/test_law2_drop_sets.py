@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from vllm_prune_training.masked import load_gated
 
 from vllm_prune.checkpoint import add_gates
-from vllm_prune.gates import NEVER
+from vllm_prune.gates import GATES, NEVER
 from vllm_prune.gates.borrowed import borrow
 
 RECORD = {"additional_config": {"vllm_prune": {"record": True}}}
@@ -35,6 +35,7 @@ METHODS = {
     "dms": {"delay": 8},
     "window": {"window": 40},
     "random": {"keep": 0.4, "delay": 8, "seed": 3},
+    "shadow": {"query_heads": 4, "width": 256, "hidden": 32, "closed": 0.5},
 }
 
 
@@ -42,13 +43,14 @@ METHODS = {
 def gated(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     config = tiny_config("qwen3", layers=3)
-    return save_gated(folder, config, request.param, section={"protect": {"sinks": 2}}, **METHODS[request.param])
+    section = {"protect": {"sinks": 2}} if GATES[request.param].protects else {}
+    return save_gated(folder, config, request.param, section=section, **METHODS[request.param])
 
 
-def expected(gated, ids: list[int]) -> np.ndarray:
+def expected(gated, ids: list[int], prompt: int) -> np.ndarray:
     """Hard expiries of the masked Hugging Face twin, restricted to drops that happened by the last computed query."""
     with torch.no_grad():
-        found = load_gated(gated)(torch.tensor(ids), mode="hard").expiry.numpy()
+        found = load_gated(gated)(torch.tensor(ids), mode="hard", prompt=prompt).expiry.numpy()
     return np.where(found <= len(ids) - 1, found, NEVER)
 
 
@@ -61,7 +63,7 @@ def visible_drops(expiry: np.ndarray) -> np.ndarray:
 def check(gated, llm, outputs, least: float = 0.05) -> None:
     for output in outputs:
         ids, found = recorded(llm, output)
-        want = expected(gated, ids)
+        want = expected(gated, ids, len(output.prompt_token_ids))
         np.testing.assert_array_equal(visible_drops(found), want)
         if len(ids) > 64:
             assert least < (want != NEVER).mean() < 0.98, "the test must see drops and survivors"

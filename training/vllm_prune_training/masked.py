@@ -22,9 +22,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vllm_prune.config import DropGateConfig, find_gate_file, load_gates, parse_drop_gate
-from vllm_prune.gates import Gate, expiry_mask
+from vllm_prune.errors import PruneError
+from vllm_prune.gates import Gate, Reveal, expiry_mask
 from vllm_prune.gates.base import at_least_float32
 from vllm_prune.gates.borrowed import without_borrowed
+from vllm_prune.gates.shadow import closed_expiry
 
 from . import lean
 from .families import attention_modules
@@ -59,7 +61,8 @@ class GatedOutput:
 @dataclass
 class _LayerCall:
     """What one layer's hook hands to its attention: at most one of a bias [B, E, T, T], a mask [B, E, T, T], and the
-    inputs [B, T, F'] of lean attention, which hands back what it kept."""
+    inputs [B, T, F'] of lean attention, which hands back what it kept. A watched layer hands back its output ``attended``,
+    [B, T, H * G, D]."""
 
     bias: torch.Tensor | None = None
     mask: torch.Tensor | None = None
@@ -69,10 +72,12 @@ class _LayerCall:
     rows: int = lean.ROWS
     soft: dict[str, Any] = field(default_factory=dict)
     kept: torch.Tensor | None = None
+    watched: bool = False
+    attended: torch.Tensor | None = None
 
     def clear(self) -> None:
         """Forget the tensors of the last call."""
-        self.bias = self.mask = self.inputs = self.kept = None
+        self.bias = self.mask = self.inputs = self.kept = self.attended = None
 
 
 def attend(
@@ -108,6 +113,8 @@ def attend_masked(
     if mask is not None and mask.shape[1] > 1:
         mask = mask.repeat_interleave(heads // mask.shape[1], dim=1)
     out = scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scaling)
+    if mask is not None:
+        out = out.masked_fill(~mask.any(-1, keepdim=True), 0.0)  # a head that sees no key says nothing
     return out.transpose(1, 2)
 
 
@@ -141,7 +148,10 @@ def _attention(
         return out, None
     if call.bias is not None:
         return attend(query, key, value, scale, call.bias), None
-    return attend_masked(query, key, value, scale, call.mask), None
+    out = attend_masked(query, key, value, scale, call.mask)
+    if call.watched:
+        call.attended = out
+    return out, None
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
@@ -184,6 +194,9 @@ class GatedModel(nn.Module):
         self._soft: dict[str, Any] = {}
         self._perturb: Perturb | None = None
         self._strength = section.strength
+        self._prompt: int | None = None
+        self._per_request = gates[0].reveal is Reveal.PER_REQUEST
+        self.calls[0].watched = self._per_request
         self._features: list[torch.Tensor] = []
         self._found: list[torch.Tensor] = []
         self._kept: list[torch.Tensor] = []
@@ -217,7 +230,10 @@ class GatedModel(nn.Module):
         gate, call = self.gates[index], self.calls[index]
         features = self.features(index, x)
         if self._mode == "hard":
-            rows = [gate.expiry(row, self._strength, self.section.protection) for row in features]
+            if self._per_request and index > 0 and self._strength > 0.0:
+                rows = list(self._closed_expiry(index, features.shape[1]))
+            else:
+                rows = [gate.expiry(row, self._strength, self.section.protection) for row in features]
             found = torch.stack(rows)  # [B, E, T]
             call.mask = torch.stack([expiry_mask(row) for row in rows])
         else:
@@ -233,6 +249,15 @@ class GatedModel(nn.Module):
         if self._collect:
             self._found.append(found)
 
+    def _closed_expiry(self, index: int, tokens: int) -> torch.Tensor:
+        """int64 [B, H, T] of a layer under the decisions at the prompt's end."""
+        gate, attended, prompt = self.gates[0], self.calls[0].attended, self._prompt
+        assert attended is not None and prompt is not None
+        if prompt > tokens:
+            prompt = tokens  # not over yet: nothing is closed for these queries
+        closed = [gate.close(row[prompt - 1].flatten(), self._strength)[index] for row in attended]
+        return closed_expiry(torch.stack(closed), prompt, tokens)
+
     def _kept_by_attention(self) -> list[torch.Tensor]:
         kept = [call.kept for call in self.calls]
         if any(x is None for x in kept):
@@ -245,6 +270,7 @@ class GatedModel(nn.Module):
         mode: Mode = "hard",
         *,
         strength: float | None = None,
+        prompt: int | None = None,
         perturb: Perturb | None = None,
         collect: bool = True,
         body: Callable[..., Any] | None = None,
@@ -256,11 +282,23 @@ class GatedModel(nn.Module):
             input_ids: int64 [B, T] or [T].
             mode: soft bias, hard expiry mask, or open (the base model).
             strength: replaces the section's in hard mode.
+            prompt: P, tokens of each row's prompt: needed in hard mode by gates that decide at its end.
             perturb: applied to the features in soft mode (noise).
             collect: whether to return log visibility (large; naive only) or expiries.
             body: replaces the decoder's forward (a compiled one).
             soft: the gate's temperature, e.g. ``alpha=4.0`` or ``tau=0.1``.
+
+        Raises:
+            PruneError: gates that decide at the prompt's end are not told where it is, or have no soft form.
         """
+        if self._per_request and mode == "hard" and (prompt is None or prompt < 1):
+            raise PruneError(
+                f"gates of method '{self.section.method}' decide at the prompt's end, which is not given (prompt={prompt}).",
+                "This measurement knows texts without prompts; see docs/methods.md for the method's own.",
+            )
+        if mode == "soft" and not self.gates[0].softens:
+            raise PruneError(f"gates of method '{self.section.method}' have no soft form.", "Use mode hard.")
+        self._prompt = prompt
         self._mode, self._soft, self._perturb = mode, soft, perturb
         self._strength = self.section.strength if strength is None else strength
         self._features, self._found, self._kept, self._collect = [], [], [], collect
@@ -298,8 +336,8 @@ def load_gated(folder: str | Path, dtype: str | torch.dtype = "auto", strength: 
     states = load_gates(find_gate_file(str(folder)), section)
     wanted = torch.float32 if section.dtype == "float32" else model.dtype
     gates = []
-    for state in states:
-        gate = section.build_gate()
+    for layer, state in enumerate(states):
+        gate = section.build_gate().at_layer(layer)
         gate.load_state_dict(state)
         gates.append(gate.to(wanted))
     return GatedModel(model, gates, section).eval()

@@ -89,6 +89,8 @@ class GateRecipe(Part):
             raise ValueError(f"method '{self.method}' is unknown; known: {', '.join(known)}")
         if self.method == NO_GATES and (self.params or self.init_from or self.protect != Protect()):
             raise ValueError("method none has no params, protect or init_from")
+        if self.method != NO_GATES and not GATES[self.method].softens:
+            raise ValueError(f"method '{self.method}' is not trained through attention: give a section shadow instead")
         if self.method in ("dcp", "dms") and self.protect != Protect():
             raise ValueError(f"protect cannot be trained with {self.method}, whose soft mask knows of no protection; "
                              "set drop_gate.protect in the exported config.json instead")  # fmt: skip

@@ -16,7 +16,8 @@ from vllm import envs
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_prune.attention.masked import gather_lane, tiled_attention
-from vllm_prune.attention.serving import DelayRule, QueryRule, Rule, WriteRule
+from vllm_prune.attention.serving import DelayRule, QueryRule, RequestRule, Rule, WriteRule
+from vllm_prune.attention.some_lanes import LanePlan, SomeLanes, pick_lanes
 from vllm_prune.cache.geometry import cdiv
 from vllm_prune.cache.lane_ops import NEVER, Tokens, check, lib
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from vllm_prune.attention.serving import ServedGate
     from vllm_prune.attention.state import PruneAttentionMetadata, Rows, WorkerState
     from vllm_prune.cache.lanes import LaneStore
+    from vllm_prune.gates.shadow import ShadowGate
 
 
 class PruneCPUImpl(AttentionImpl):
@@ -103,7 +105,18 @@ class PruneCPUImpl(AttentionImpl):
             whole = whole + [(m.chunks.slots[i], m.chunks.first[i], m.chunks.tokens[i]) for i in undisturbed]
         if whole:
             self._attend(store, m, whole, query, output)
+        if isinstance(self.rule, RequestRule) and self.rule.gate is not None:
+            for rows in (m.decodes, m.chunks):
+                self._close(store, rows, self.rule.gate, output)
         return output
+
+    def _close(self, store: LaneStore, rows: Rows, gate: ShadowGate, output: torch.Tensor) -> None:
+        """Decide for the requests whose prompt ends among these rows, from this layer's attention output."""
+        assert isinstance(self.rule, RequestRule)
+        last = store.lanes.prompt[rows.slots] - 1 - rows.positions
+        for i in np.flatnonzero((last >= 0) & (last < rows.tokens)):
+            attended = output[int(rows.first[i] + last[i])].flatten()
+            store.lanes.closed[rows.slots[i]] = gate.close(attended, self.rule.strength).numpy()
 
     # Dropping and writing ----------------------------------------------------------------------------------------
 
@@ -118,6 +131,8 @@ class PruneCPUImpl(AttentionImpl):
         elif isinstance(self.rule, WriteRule):
             write = self.rule
             check(lib.steps_decode_at_write(*args, write.salts.ctypes.data, write.limit, write.delay, served.sinks))
+        elif isinstance(self.rule, RequestRule):
+            check(lib.request_decode(*args))
         else:
             check(lib.steps_decode_open(*args))
 
@@ -166,6 +181,8 @@ class PruneCPUImpl(AttentionImpl):
             write = self.rule
             lib.steps_chunk_expiry_at_write(*where, count, write.salts.ctypes.data, write.limit, write.delay,
                                             served.sinks, past.ctypes.data, past.shape[1], chunk.ctypes.data)  # fmt: skip
+        elif isinstance(self.rule, RequestRule):
+            lib.request_chunk_expiry(*where, count, past.ctypes.data, past.shape[1], chunk.ctypes.data)
 
     # Attending ---------------------------------------------------------------------------------------------------
 
@@ -173,17 +190,10 @@ class PruneCPUImpl(AttentionImpl):
                 output: torch.Tensor) -> None:  # fmt: skip
         """vLLM's kernel over all lanes of the given (slot, first token, count) rows."""
         heads, group, size = self.num_kv_heads, self.group, self.head_size
-        n = store.geometry.block_tokens
         plan = m.plan
         if plan is None or plan.rows != rows:  # other layers may have handled other chunks
-            plan = m.plan = LanePlan(rows, heads, width=cdiv(store.max_tokens, n) + 1)
+            plan = m.plan = LanePlan(rows, heads, width=cdiv(store.max_tokens, store.geometry.block_tokens) + 1)
         lib.lanes_fill_tables(store.lanes.ref, self.index, len(rows), *plan.pointers)
-        if plan.schedule is None or self.rule is not None:  # with open gates all layers have equal lengths
-            plan.schedule = ops.cpu_attn_get_scheduler_metadata(
-                num_reqs=len(rows) * heads, num_heads=group, num_kv_heads=1, head_dim=size, seq_lens=plan.lengths,
-                dtype=query.dtype, query_start_loc=plan.starts, causal=True, sliding_window_size=-1, isa="vec",
-                enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
-            )  # fmt: skip
         if plan.direct:
             begin = rows[0][1]
             lane_query = query[begin : begin + len(rows)].reshape(len(rows) * heads, group, size)
@@ -192,13 +202,18 @@ class PruneCPUImpl(AttentionImpl):
             parts = [_by_lane(query[f : f + c], heads) for _, f, c in rows]
             lane_query = parts[0] if len(parts) == 1 else torch.cat(parts)
             lane_out = torch.empty_like(lane_query)
-        cache = store.kv_tensor.view(-1, 1, 2 * n, size)  # type: ignore[union-attr]
-        key_cache, value_cache = cache.chunk(2, dim=2)
-        ops.cpu_attention_with_kv_cache(
-            query=lane_query, key_cache=key_cache, value_cache=value_cache, output=lane_out,
-            query_start_loc=plan.starts, seq_lens=plan.lengths, scale=self.scale, causal=True, alibi_slopes=None,
-            sliding_window=-1, block_table=plan.tables, softcap=0.0, scheduler_metadata=plan.schedule, s_aux=None,
-        )  # fmt: skip
+        some = self._some_lanes(plan)
+        if some is None:
+            if plan.schedule is None or self.rule is not None:  # with open gates all layers have equal lengths
+                plan.schedule = self._schedule(plan.lengths, plan.starts, query.dtype)
+            self._kernel(store, lane_query, lane_out, plan.lengths, plan.starts, plan.tables, plan.schedule)
+        else:
+            lane_out.zero_()  # a head that sees no key says nothing
+            if len(some.tokens):
+                out = torch.empty_like(picked := lane_query[some.tokens])
+                schedule = self._schedule(some.lengths, some.starts, query.dtype)
+                self._kernel(store, picked, out, some.lengths, some.starts, some.tables, schedule)
+                lane_out[some.tokens] = out
         if not plan.direct:
             at = 0
             for _, first, count in rows:
@@ -206,28 +221,30 @@ class PruneCPUImpl(AttentionImpl):
                 output[first : first + count].view(count, heads, group, size).copy_(part.transpose(0, 1))
                 at += count * heads
 
+    def _some_lanes(self, plan: LanePlan) -> SomeLanes | None:
+        """The lanes that hold keys where some hold none, which vLLM's kernel does not take; None for all of them."""
+        if not isinstance(self.rule, RequestRule):
+            return None
+        held = plan.lengths > 0
+        return None if bool(held.all()) else pick_lanes(plan, held)
 
-class LanePlan:
-    """Tables of one kernel call over lanes, shared by the layers of a step that attend to the same rows.
+    def _schedule(self, lengths: torch.Tensor, starts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return ops.cpu_attn_get_scheduler_metadata(  # type: ignore[no-any-return]
+            num_reqs=len(lengths), num_heads=self.group, num_kv_heads=1, head_dim=self.head_size, seq_lens=lengths,
+            dtype=dtype, query_start_loc=starts, causal=True, sliding_window_size=-1, isa="vec",
+            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+        )  # fmt: skip
 
-    Args:
-        rows: (slot, first token, count) of each request.
-        heads: H.
-        width: W', columns of the block table.
-    """
-
-    def __init__(self, rows: list[tuple[int, int, int]], heads: int, width: int) -> None:
-        self.rows = rows
-        counts = np.asarray([count for _, _, count in rows], np.int32)
-        self.direct = bool(counts.max() == 1) and rows[-1][1] - rows[0][1] == len(rows) - 1
-        starts = np.zeros(len(rows) * heads + 1, np.int32)
-        np.cumsum(np.repeat(counts, heads), out=starts[1:])
-        self.slots = np.asarray([slot for slot, _, _ in rows], np.int32)
-        self.starts = torch.from_numpy(starts)
-        self.tables = torch.zeros((len(rows) * heads, width), dtype=torch.int32)
-        self.lengths = torch.zeros(len(rows) * heads, dtype=torch.int32)
-        self.schedule: torch.Tensor | None = None
-        self.pointers = (self.slots.ctypes.data, self.tables.data_ptr(), width, self.lengths.data_ptr())
+    def _kernel(self, store: LaneStore, query: torch.Tensor, out: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor,
+                tables: torch.Tensor, schedule: torch.Tensor) -> None:  # fmt: skip
+        """vLLM's kernel with lanes as sequences: query and out [tokens of all lanes, G, D], lengths [lanes], > 0."""
+        cache = store.kv_tensor.view(-1, 1, 2 * store.geometry.block_tokens, self.head_size)  # type: ignore[union-attr]
+        key_cache, value_cache = cache.chunk(2, dim=2)
+        ops.cpu_attention_with_kv_cache(
+            query=query, key_cache=key_cache, value_cache=value_cache, output=out, query_start_loc=starts,
+            seq_lens=lengths, scale=self.scale, causal=True, alibi_slopes=None, sliding_window=-1, block_table=tables,
+            softcap=0.0, scheduler_metadata=schedule, s_aux=None,
+        )  # fmt: skip
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

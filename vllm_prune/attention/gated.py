@@ -13,6 +13,7 @@ from torch import nn
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.attention import get_attention_context
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.kv_cache_interface import KVCacheSpec
@@ -21,6 +22,7 @@ from vllm_prune.attention.backend import PruneCPUBackend
 from vllm_prune.attention.serving import ServedGate, rule_of
 from vllm_prune.cache.spec import PruneSpec
 from vllm_prune.config import DropGateConfig, served_section
+from vllm_prune.gates import Reveal
 from vllm_prune.gates.borrowed import without_borrowed
 
 _LIBRARY = torch.library.Library("vllm_prune", "FRAGMENT")
@@ -78,7 +80,7 @@ class GatedAttention(Attention):
             self.borrows = self.section.build_gate().borrows
         self.drop_gate: nn.Module | None = None
         if self.serving.reveal is not None:
-            gate = self.section.build_gate()
+            gate = self.section.build_gate().at_layer(extract_layer_index(self.layer_name))
             self.drop_gate = gate.to(torch.float32 if self.section.dtype == "float32" else torch.get_default_dtype())
             self.drop_gate.requires_grad_(False)
 
@@ -111,6 +113,7 @@ class GatedAttention(Attention):
         return output
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        dense = self.serving.reveal in (None, Reveal.PER_REQUEST)  # the latter while its prompt is computed
         return PruneSpec(
             block_size=vllm_config.cache_config.block_size,
             num_kv_heads=self.num_kv_heads,
@@ -119,5 +122,5 @@ class GatedAttention(Attention):
             num_layers=self.section.num_layers,
             gate_rank=self.serving.rank,
             chunk_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
-            expected_keep=1.0 if self.serving.reveal is None else self.section.expected_keep,
+            expected_keep=1.0 if dense else self.section.expected_keep,
         )

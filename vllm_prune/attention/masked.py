@@ -56,7 +56,7 @@ def masked_attention(
         scale: of the logits.
 
     Returns:
-        [C, H * G, D].
+        [C, H * G, D]; 0 for a query that sees no key, not even its own.
     """
     c, heads = key.shape[:2]
     group = query.shape[1] // heads
@@ -75,6 +75,7 @@ def masked_attention(
         v = torch.cat([past_value, value[:, h]]).expand(1, group, -1, -1)
         q = query[:, h * group : (h + 1) * group].transpose(0, 1)[None]
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        o = o.masked_fill(~mask.any(1)[:, None], 0.0)
         out[:, h * group : (h + 1) * group] = o[0].transpose(0, 1)
     return out
 
@@ -107,9 +108,13 @@ def tiled_attention(
             if h < units:  # one decision for all heads, or one for each
                 seen = (expiry[h][: lengths[h] + end] > start + begin).nonzero()[:, 0]
                 hidden = (rows >= expiry[h][seen]) | (rows < born[h][seen])
+                blind = hidden.all(1)[:, None]
                 mask = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, float("-inf"))
             q = query[begin:end, h * group : (h + 1) * group].transpose(0, 1)[None]
             k, v = (x[h][seen].expand(1, group, -1, -1) for x in (keys, values))
-            o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+            if len(seen):
+                o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).masked_fill_(blind, 0.0)
+            else:
+                o = torch.zeros_like(q)
             out[begin:end, h * group : (h + 1) * group] = o[0].transpose(0, 1)
     return out

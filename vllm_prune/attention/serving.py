@@ -13,6 +13,7 @@ from vllm_prune.gates import Gate, Reveal, decision_shift
 from vllm_prune.gates.dcp import DCPGate
 from vllm_prune.gates.dms import DMSGate
 from vllm_prune.gates.random_drop import RandomGate
+from vllm_prune.gates.shadow import ShadowGate
 from vllm_prune.gates.window import WindowGate
 
 
@@ -79,11 +80,26 @@ class WriteRule:
     delay: int
 
 
-Rule = QueryRule | DelayRule | WriteRule
+@dataclass(frozen=True)
+class RequestRule:
+    """ShadowLLM's request form in one layer: keys of lanes that are closed for a request expire at its prompt's end.
+
+    Attributes:
+        gate: layer 0's, which decides for all layers; None in the others.
+        strength: of its decision.
+    """
+
+    gate: ShadowGate | None
+    strength: float
+
+
+Rule = QueryRule | DelayRule | WriteRule | RequestRule
 
 
 def rule_of(gate: Gate, section: DropGateConfig) -> Rule:
     """The rule of one layer's loaded gate at the checkpoint's strength."""
+    if isinstance(gate, ShadowGate):
+        return RequestRule(None if gate.predictor is None else gate, section.strength)
     shift = decision_shift(section.strength) * gate.unit
     if isinstance(gate, DCPGate):
         return QueryRule(1.0 / math.sqrt(gate.rank), float(gate.beta.float()) + shift)

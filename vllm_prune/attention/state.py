@@ -16,12 +16,13 @@ from vllm_prune.cache.grants import LaneReport
 from vllm_prune.cache.lanes import LaneStore
 from vllm_prune.cache.spec import PruneSpec
 from vllm_prune.config import server_options
+from vllm_prune.gates import Reveal
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from vllm_prune.attention.cpu import LanePlan
     from vllm_prune.attention.gated import GatedAttention
+    from vllm_prune.attention.some_lanes import LanePlan
     from vllm_prune.connector import PruneMetadata, StepGrant
 
 logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's logger: only that one has a handler
@@ -109,6 +110,7 @@ class WorkerState:
             store.forget(req_id)
         for req_id, grant in meta.grants.items():
             store.update(req_id, grant.epoch, grant.new_blocks)
+            store.set_prompt(req_id, grant.prompt)
         self._step = meta.grants
 
     def metadata(
@@ -140,6 +142,10 @@ class WorkerState:
         if not step:
             return {}, set()
         store = self._store()
+        if self.serving.reveal is Reveal.PER_REQUEST:
+            for req_id, grant in step.items():
+                if grant.covered >= grant.prompt:
+                    store.close_lanes(req_id)
         if store.record:
             store.take_events()
         ahead = {req_id: grant.in_flight for req_id, grant in step.items() if grant.in_flight}

@@ -1,4 +1,4 @@
-"""The compiled loops over lanes (``lanes.c``, ``steps.c``), reached with ctypes. CPU worker only.
+"""The compiled loops over lanes (``lanes.c``, ``steps.c``, ``request.c``), reached with ctypes. CPU worker only.
 
 Compiled when the package is installed. Not numba: its llvmlite, once imported, breaks vLLM's CPU worker start (a second
 engine in one process dies walking ``sys.modules``). Every function raises RuntimeError on a broken account, which is a
@@ -19,8 +19,8 @@ from vllm_prune.cache.geometry import LaneGeometry
 
 NEVER = 2**31 - 1
 
-_ARRAYS = ("kv", "table", "length", "free_pages", "n_free", "page_lane", "page_index", "pos", "exp", "dropped", "events",
-           "n_events")  # fmt: skip
+_ARRAYS = ("kv", "table", "length", "free_pages", "n_free", "page_lane", "page_index", "pos", "exp", "dropped", "closed",
+           "prompt", "events", "n_events")  # fmt: skip
 _SIZES = ("events_cap", "lanes", "W", "F", "L", "H", "B", "N", "D", "r", "Ng", "per_layer", "units", "elem")
 
 
@@ -67,6 +67,9 @@ def _load() -> ctypes.CDLL:
         "steps_chunk_expiry_delayed": (c_int, [s, n, n, i, n, n, t, f, i, i, p, n, p]),
         "steps_decode_at_write": (c_int, [*rows, p, n, i, i]),
         "steps_chunk_expiry_at_write": (None, [s, n, n, i, n, p, n, i, i, p, n, p]),
+        "request_close": (c_int, [s, n]),
+        "request_decode": (c_int, rows),
+        "request_chunk_expiry": (None, [s, n, n, i, n, p, n, p]),
         "steps_settle_chunk": (c_int, [s, n, n, i, i, n, n, t, p, n, p]),
     }
     for name, (result, arguments) in signatures.items():
@@ -113,6 +116,8 @@ class Lanes:
         self.pos = np.zeros((pages, g.block_tokens), np.int32)
         self.exp = np.zeros((pages, g.block_tokens), np.int32)
         self.dropped = np.zeros((max_requests, g.num_layers, units), np.int64)
+        self.closed = np.zeros((max_requests, g.num_layers, units), np.uint8)
+        self.prompt = np.full(max_requests, NEVER, np.int32)
         self.n_events = np.zeros(1, np.int64)
         self.events = np.zeros((0, 4), np.int32)
         sizes = dict(

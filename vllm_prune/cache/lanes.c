@@ -135,14 +135,15 @@ void lanes_fill_tables(const Store *a, int64_t layer, int64_t rows, const int32_
         }
 }
 
-/* Per slot, int64 [R, 5]: pages in use now, after 1 and 2 more tokens kept everywhere, keys held, keys dropped. */
+/* Per slot, int64 [R, 5]: pages in use now, after 1 and 2 more tokens kept wherever lanes are open, keys held, keys dropped. */
 void lanes_summarize(const Store *a, int64_t rows, const int32_t *slots, int64_t *out) {
     memset(out, 0, sizeof(int64_t) * 5 * rows);
     for (int64_t i = 0; i < rows; i++, out += 5) {
         for (int64_t layer = 0; layer < a->L; layer++) {
             for (int64_t h = 0; h < a->per_layer; h++) {
                 const int64_t n = page_tokens(a, h), length = *length_of(a, slots[i], layer * a->per_layer + h);
-                for (int64_t more = 0; more < 3; more++) out[more] += ceil_div(length + more, n);
+                const int shut = h < a->H && a->closed[(slots[i] * a->L + layer) * a->units + (a->units == 1 ? 0 : h)];
+                for (int64_t more = 0; more < 3; more++) out[more] += ceil_div(length + (shut ? 0 : more), n);
                 if (h < a->units) out[3] += length;
             }
             for (int64_t unit = 0; unit < a->units; unit++) out[4] += a->dropped[(slots[i] * a->L + layer) * a->units + unit];

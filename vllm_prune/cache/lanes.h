@@ -25,6 +25,8 @@ typedef struct {
     int32_t *pos;        /* [P, N] position of each slot, for the first lane of each unit */
     int32_t *exp;        /* [P, N] its expiry */
     int64_t *dropped;    /* [S, L, E] keys dropped so far */
+    uint8_t *closed;     /* [S, L, E] lanes that hold nothing from the prompt's end on */
+    int32_t *prompt;     /* [S] tokens of the prompt */
     int32_t *events;     /* [cap, 4] slot, layer * E + unit, key, expiry */
     int64_t *n_events;   /* [1] */
     int64_t events_cap;  /* 0 records nothing */

@@ -146,13 +146,23 @@ class LaneStore:
         a.length[s] = 0
         a.n_free[s] = 0
         a.dropped[s] = 0
+        a.closed[s] = 0
+        a.prompt[s] = NEVER
         self._free_slots.append(s)
 
     def _page_view(self, array: np.ndarray, block: int) -> np.ndarray:
         g = self.geometry
         return array.reshape(g.num_layers, self.num_blocks, g.num_kv_heads)[:, block]
 
+    def set_prompt(self, req_id: str, tokens: int) -> None:
+        """Learn how long a live request's prompt is; it stays so whatever a later life computes again."""
+        self.lanes.prompt[self.slots[req_id].slot] = tokens
+
     # After a step ------------------------------------------------------------------------------------------------
+
+    def close_lanes(self, req_id: str) -> None:
+        """Free the lanes that were closed for a request (``Lanes.closed``); its prompt is computed."""
+        check(lib.request_close(self.lanes.ref, self.slots[req_id].slot))
 
     def report(self, covered: dict[str, int], reserve: dict[str, int] | None = None) -> dict[str, LaneReport]:
         """Close a step: pack the pages of requests where that frees grants, and say what each still needs.

@@ -13,9 +13,10 @@ from vllm_prune.gates.base import (
 from vllm_prune.gates.dcp import DCPGate
 from vllm_prune.gates.dms import DMSGate
 from vllm_prune.gates.random_drop import RandomGate
+from vllm_prune.gates.shadow import ShadowGate
 from vllm_prune.gates.window import WindowGate
 
-GATES: dict[str, type[Gate]] = {gate.method: gate for gate in (DCPGate, DMSGate, WindowGate, RandomGate)}
+GATES: dict[str, type[Gate]] = {gate.method: gate for gate in (DCPGate, DMSGate, WindowGate, RandomGate, ShadowGate)}
 """Every method by its name in a checkpoint's ``drop_gate`` section."""
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "RandomGate",
     "Reveal",
     "Scope",
+    "ShadowGate",
     "WindowGate",
     "decision_shift",
     "expiry_mask",

@@ -86,6 +86,10 @@ class Gate(nn.Module, ABC):
     unit: ClassVar[float] = 1.0
     row_carry: ClassVar[bool] = False
     borrows: bool = False
+    softens: ClassVar[bool] = True
+    """Whether there is a soft twin, so that the gate can be trained through attention."""
+    protects: ClassVar[bool] = True
+    """Whether the gate honours a ``Protection``."""
 
     shape: GateShape
 
@@ -107,6 +111,10 @@ class Gate(nn.Module, ABC):
     def at_layer(self, index: int) -> Gate:
         """Tell a fresh gate which layer it is, 0 to L - 1; returns it. Few gates want to know."""
         return self
+
+    def misfit(self, config: Any) -> str | None:
+        """What of the gate's parameters does not fit a base's Hugging Face config, in a sentence; None when all does."""
+        return None
 
     @abstractmethod
     def forward(self, x: torch.Tensor) -> torch.Tensor:

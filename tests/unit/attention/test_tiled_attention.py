@@ -15,11 +15,12 @@ from vllm_prune.gates import NEVER
     chunk=st.integers(1, 300),
     past=st.lists(st.integers(0, 90), min_size=2, max_size=2),
     per_head=st.booleans(),
+    shut=st.booleans(),
     group=st.integers(1, 3),
     share=st.floats(0, 1),
     seed=st.integers(0, 2**16),
 )
-def test_tiled_equals_naive_and_definition(chunk, past, per_head, group, share, seed):
+def test_tiled_equals_naive_and_definition(chunk, past, per_head, shut, group, share, seed):
     g = torch.Generator().manual_seed(seed)
     heads, size, units = 2, 32, 2 if per_head else 1
     lengths = past if per_head else [past[0]] * heads
@@ -37,6 +38,9 @@ def test_tiled_equals_naive_and_definition(chunk, past, per_head, group, share, 
     past_expiry, chunk_expiry = expiries(max(lengths)), expiries(chunk)
     own = torch.arange(start, start + chunk, dtype=torch.int32)
     chunk_expiry = torch.maximum(chunk_expiry, own + 1)  # a token always sees itself
+    if shut:  # a lane that closed before or within the chunk: later queries see nothing in it, not even themselves
+        end = start + int(torch.randint(-5, chunk + 5, (), generator=g))
+        past_expiry[-1], chunk_expiry[-1] = end, own.clamp_min(end)
     args = (query, lanes, key, value, past_expiry, chunk_expiry, start, size**-0.5)
     naive = masked_attention(*args)
     torch.testing.assert_close(tiled_attention(*args), naive, rtol=1e-9, atol=1e-9)
@@ -48,5 +52,8 @@ def test_tiled_equals_naive_and_definition(chunk, past, per_head, group, share, 
             k = torch.cat([lanes[h][0][see_past], key[see_own, h]])
             v = torch.cat([lanes[h][1][see_past], value[see_own, h]])
             q = query[i, h * group : (h + 1) * group]
+            if not len(k):
+                assert (naive[i, h * group : (h + 1) * group] == 0).all()
+                continue
             want = (q @ k.T * size**-0.5).softmax(-1) @ v
             torch.testing.assert_close(naive[i, h * group : (h + 1) * group], want, rtol=1e-9, atol=1e-9)
