@@ -23,13 +23,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vllm_prune.config import DropGateConfig, find_gate_file, load_gates, parse_drop_gate
 from vllm_prune.errors import PruneError
-from vllm_prune.gates import Gate, Reveal, expiry_mask
+from vllm_prune.gates import NEVER, Gate, Reveal, expiry_mask
 from vllm_prune.gates.base import at_least_float32
 from vllm_prune.gates.borrowed import without_borrowed
+from vllm_prune.gates.routing import RoutingGate
 from vllm_prune.gates.shadow import closed_expiry
 
 from . import lean
 from .families import attention_modules
+from .routed import Decide, RoutedLayers, Routes
 
 ATTENTION = "vllm_prune_masked"
 Mode = Literal["soft", "hard", "open"]
@@ -48,6 +50,7 @@ class GatedOutput:
         log_visibility: float32 [B, E, T, T] a layer (soft mode, naive visibility, where collected).
         kept: float32 scalar a layer (soft mode): mean visibility over past pairs, j < n only.
         expiry: int64 [B, L, E, T], or [L, E, T] for unbatched input (hard mode).
+        runs: float32 [B, T] a layer (routing gates): 1 where the layer ran on the token, else 0.
     """
 
     logits: torch.Tensor
@@ -56,13 +59,14 @@ class GatedOutput:
     log_visibility: list[torch.Tensor] = field(default_factory=list)
     kept: list[torch.Tensor] = field(default_factory=list)
     expiry: torch.Tensor | None = None
+    runs: list[torch.Tensor] = field(default_factory=list)
 
 
 @dataclass
 class _LayerCall:
-    """What one layer's hook hands to its attention: at most one of a bias [B, E, T, T], a mask [B, E, T, T], and the
-    inputs [B, T, F'] of lean attention, which hands back what it kept. A watched layer hands back its output ``attended``,
-    [B, T, H * G, D]."""
+    """What one layer's hook hands to its attention: at most one of a bias [B, E, T, T], a mask [B, E, T, T], a routed
+    attention, and the inputs [B, T, F'] of lean attention, which hands back what it kept. A watched layer hands back its
+    output ``attended``, [B, T, H * G, D]."""
 
     bias: torch.Tensor | None = None
     mask: torch.Tensor | None = None
@@ -74,10 +78,11 @@ class _LayerCall:
     kept: torch.Tensor | None = None
     watched: bool = False
     attended: torch.Tensor | None = None
+    routed: Callable[..., torch.Tensor] | None = None
 
     def clear(self) -> None:
         """Forget the tensors of the last call."""
-        self.bias = self.mask = self.inputs = self.kept = self.attended = None
+        self.bias = self.mask = self.inputs = self.kept = self.attended = self.routed = None
 
 
 def attend(
@@ -139,6 +144,8 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if call.borrows:
         query = without_borrowed(query.transpose(1, 2), key.shape[1]).transpose(1, 2)
+    if call.routed is not None:
+        return call.routed(query, key, value, scale), None
     if call.inputs is not None:
         dtype = value.dtype
         if torch.is_autocast_enabled(query.device.type):
@@ -202,8 +209,13 @@ class GatedModel(nn.Module):
         self._kept: list[torch.Tensor] = []
         self._collect = True
         model.set_attn_implementation(ATTENTION)
+        self.routed: RoutedLayers | None = None
+        if isinstance(gates[0], RoutingGate):
+            self.routed = RoutedLayers(model, self.calls, gates[0].keeps_kv)
         for index, layer in enumerate(layers):
             object.__setattr__(layer, "prune_call", self.calls[index])
+            if self.routed is not None:
+                continue
             layer.register_forward_pre_hook(self._hook(index), with_kwargs=True)
 
     @property
@@ -258,6 +270,30 @@ class GatedModel(nn.Module):
         closed = [gate.close(row[prompt - 1].flatten(), self._strength)[index] for row in attended]
         return closed_expiry(torch.stack(closed), prompt, tokens)
 
+    def _decide(self, layer: int, facts: torch.Tensor) -> torch.Tensor | None:
+        """The gates' own decisions [B, T] (routing gates)."""
+        gate: Any = self.gates[layer]
+        if gate.always_runs:
+            return None
+        if self._mode == "hard":
+            return gate.runs_on(facts, self._strength, self.section.protection).float()  # type: ignore[no-any-return]
+        return gate.keep_soft(facts, **self._soft)  # type: ignore[no-any-return]
+
+    def _routed_output(self, out: GatedOutput, routes: Routes) -> None:
+        """Facts, decisions, and what they keep: a skipped token's key is never stored unless KV is kept."""
+        assert self.routed is not None
+        out.features, out.runs = routes.seen, [run.detach() for run in routes.kept]
+        if self.routed.keep_kv:
+            stored = [torch.ones_like(run) for run in out.runs]
+        else:
+            stored = out.runs
+        t = stored[0].shape[1]
+        later = torch.arange(t - 1, -1, -1, device=stored[0].device)  # queries after each key
+        out.kept = [(run * later).sum() / max(1, run.shape[0] * t * (t - 1) // 2) for run in stored]
+        if self._mode == "hard" and self._collect:
+            position = torch.arange(t, device=stored[0].device)
+            out.expiry = torch.stack([torch.where(run > 0, NEVER, position) for run in stored], dim=1)[:, :, None]
+
     def _kept_by_attention(self) -> list[torch.Tensor]:
         kept = [call.kept for call in self.calls]
         if any(x is None for x in kept):
@@ -274,6 +310,7 @@ class GatedModel(nn.Module):
         perturb: Perturb | None = None,
         collect: bool = True,
         body: Callable[..., Any] | None = None,
+        decide: Decide | None = None,
         **soft: Any,
     ) -> GatedOutput:
         """Run whole sequences without a cache.
@@ -286,6 +323,7 @@ class GatedModel(nn.Module):
             perturb: applied to the features in soft mode (noise).
             collect: whether to return log visibility (large; naive only) or expiries.
             body: replaces the decoder's forward (a compiled one).
+            decide: replaces the decisions of routing gates, soft or hard.
             soft: the gate's temperature, e.g. ``alpha=4.0`` or ``tau=0.1``.
 
         Raises:
@@ -303,15 +341,22 @@ class GatedModel(nn.Module):
         self._strength = self.section.strength if strength is None else strength
         self._features, self._found, self._kept, self._collect = [], [], [], collect
         batch = input_ids if input_ids.ndim == 2 else input_ids[None]
+        routes: Routes | None = None
+        if self.routed is not None and mode != "open":
+            routes = self.routed.start(batch, decide or self._decide)
         try:
             run = self.model.get_decoder() if body is None else body
             hidden = run(input_ids=batch, use_cache=False).last_hidden_state
             out = GatedOutput(self.model.get_output_embeddings()(hidden), hidden, self._features)
-            if mode == "soft":
+            if routes is not None:
+                self._routed_output(out, routes)
+            elif mode == "soft":
                 out.log_visibility, out.kept = self._found, self._kept or self._kept_by_attention()
             elif mode == "hard" and collect:
                 out.expiry = torch.stack(self._found, dim=1)
         finally:
+            if self.routed is not None:
+                self.routed.stop()
             for call in self.calls:
                 call.clear()
             self._features, self._found, self._kept = [], [], []
@@ -319,6 +364,7 @@ class GatedModel(nn.Module):
         if input_ids.ndim == 1:
             out.logits = out.logits[0]
             out.expiry = None if out.expiry is None else out.expiry[0]
+            out.runs = [run[0] for run in out.runs]
         return out
 
 

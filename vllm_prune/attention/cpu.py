@@ -15,7 +15,7 @@ from vllm import _custom_ops as ops
 from vllm import envs
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from vllm_prune.attention.masked import gather_lane, tiled_attention
+from vllm_prune.attention.masked import gather_keys, gather_lane, tiled_attention
 from vllm_prune.attention.serving import DelayRule, QueryRule, RequestRule, Rule, WriteRule
 from vllm_prune.attention.some_lanes import LanePlan, SomeLanes, pick_lanes
 from vllm_prune.cache.geometry import cdiv
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vllm_prune.attention.state import PruneAttentionMetadata, Rows, WorkerState
     from vllm_prune.cache.lanes import LaneStore
     from vllm_prune.gates.shadow import ShadowGate
+    from vllm_prune.models.routing import Router
 
 
 class PruneCPUImpl(AttentionImpl):
@@ -64,6 +65,7 @@ class PruneCPUImpl(AttentionImpl):
         self.tokens = Tokens()
         self.index = 0
         self.rule: Rule | None = None
+        self.router: Router | None = None
 
     def attach(self, state: WorkerState, index: int) -> None:
         self.state, self.index, self.serving = state, index, state.serving
@@ -91,23 +93,29 @@ class PruneCPUImpl(AttentionImpl):
         """
         if attn_metadata is None:
             return output
-        m = attn_metadata
+        m = attn_metadata.call or attn_metadata
         assert self.state is not None and self.state.store is not None
         store = self.state.store
-        tokens = self.tokens.point(_rows(key), _rows(value), None if features is None else _rows(features))
+        key, value = _rows(key), _rows(value)
+        features = None if features is None else _rows(features)
+        tokens = self.tokens.point(key, value, features, m.positions)
+        rule = self.rule if m.positions is None else None  # what a routed layer runs on it keeps
         if m.decodes.count:
-            self._decode(store, m.decodes, tokens)
+            self._decode(store, m.decodes, tokens, rule)
         whole = m.decodes.whole
         if m.chunks.count:
             undisturbed = [
-                i for i in range(m.chunks.count) if self._chunk(store, m.chunks, i, query, key, value, tokens, output)
-            ]
+                i for i in range(m.chunks.count)
+                if self._chunk(store, m.chunks, i, query, key, value, tokens, output, rule)
+            ]  # fmt: skip
             whole = whole + [(m.chunks.slots[i], m.chunks.first[i], m.chunks.tokens[i]) for i in undisturbed]
         if whole:
             self._attend(store, m, whole, query, output)
         if isinstance(self.rule, RequestRule) and self.rule.gate is not None:
             for rows in (m.decodes, m.chunks):
                 self._close(store, rows, self.rule.gate, output)
+        if self.router is not None:
+            self.router.observe(self.index, m, query)
         return output
 
     def _close(self, store: LaneStore, rows: Rows, gate: ShadowGate, output: torch.Tensor) -> None:
@@ -118,26 +126,42 @@ class PruneCPUImpl(AttentionImpl):
             attended = output[int(rows.first[i] + last[i])].flatten()
             store.lanes.closed[rows.slots[i]] = gate.close(attended, self.rule.strength).numpy()
 
+    def skip(self, slots: np.ndarray, positions: np.ndarray) -> None:
+        """Account for tokens that this layer does not run on: never stored here. int32 [S] each."""
+        assert self.state is not None and self.state.store is not None
+        store = self.state.store
+        check(lib.lanes_skip(store.lanes.ref, self.index, len(slots), slots.ctypes.data, positions.ctypes.data))
+
+    def lane_keys(self, slot: int) -> list[torch.Tensor]:
+        """Keys [S, D] of each KV head of this layer for a request slot, in lane order."""
+        assert self.state is not None and self.state.store is not None
+        store = self.state.store
+        a, lane0 = store.lanes, self.index * store.geometry.lanes_per_layer
+        found = []
+        for lane in range(lane0, lane0 + self.num_kv_heads):
+            length = int(a.length[slot, lane])
+            pages = torch.from_numpy(a.table[slot, lane, : cdiv(length, store.geometry.block_tokens)])
+            found.append(gather_keys(store.kv_tensor, pages, length, self.head_size))  # type: ignore[arg-type]
+        return found
+
     # Dropping and writing ----------------------------------------------------------------------------------------
 
-    def _decode(self, store: LaneStore, rows: Rows, tokens: Tokens) -> None:
+    def _decode(self, store: LaneStore, rows: Rows, tokens: Tokens, rule: Rule | None) -> None:
         args = (store.lanes.ref, self.index, rows.count, *rows.pointers, tokens)
         served = self.serving
-        if isinstance(self.rule, QueryRule):
-            rule = self.rule
+        if isinstance(rule, QueryRule):
             check(lib.steps_decode_by_query(*args, rule.scale, rule.bias, served.sinks, served.window))
-        elif isinstance(self.rule, DelayRule):
-            check(lib.steps_decode_delayed(*args, self.rule.threshold, self.rule.delay, served.sinks))
-        elif isinstance(self.rule, WriteRule):
-            write = self.rule
-            check(lib.steps_decode_at_write(*args, write.salts.ctypes.data, write.limit, write.delay, served.sinks))
-        elif isinstance(self.rule, RequestRule):
+        elif isinstance(rule, DelayRule):
+            check(lib.steps_decode_delayed(*args, rule.threshold, rule.delay, served.sinks))
+        elif isinstance(rule, WriteRule):
+            check(lib.steps_decode_at_write(*args, rule.salts.ctypes.data, rule.limit, rule.delay, served.sinks))
+        elif isinstance(rule, RequestRule):
             check(lib.request_decode(*args))
         else:
             check(lib.steps_decode_open(*args))
 
     def _chunk(self, store: LaneStore, rows: Rows, i: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-               tokens: Tokens, output: torch.Tensor) -> bool:  # fmt: skip
+               tokens: Tokens, output: torch.Tensor, rule: Rule | None) -> bool:  # fmt: skip
         """Drop and write for one chunk. True: attention is left to the kernel (no key expires inside the chunk)."""
         a = store.lanes
         slot, first, count, start = (int(x[i]) for x in (rows.slots, rows.first, rows.tokens, rows.positions))
@@ -148,7 +172,7 @@ class PruneCPUImpl(AttentionImpl):
         past = np.full((store.units, width), NEVER, np.int32)
         chunk = np.full((store.units, count), NEVER, np.int32)
         where = (a.ref, slot, self.index, start)
-        self._chunk_expiry(where, first, count, tokens, past, chunk)
+        self._chunk_expiry(where, first, count, tokens, past, chunk, rule)
         last, end = start + count - 1, first + count
         settled = (first, count, tokens, past.ctypes.data, width, chunk.ctypes.data)
         if not (_expires_within(past, start, last) or _expires_within(chunk, start, last)):
@@ -167,21 +191,19 @@ class PruneCPUImpl(AttentionImpl):
         return False
 
     def _chunk_expiry(self, where: tuple[Any, ...], first: int, count: int, tokens: Tokens, past: np.ndarray,
-                      chunk: np.ndarray) -> None:  # fmt: skip
+                      chunk: np.ndarray, rule: Rule | None) -> None:  # fmt: skip
         served = self.serving
         args = (*where, first, count, tokens)
-        if isinstance(self.rule, QueryRule):
-            rule = self.rule
+        if isinstance(rule, QueryRule):
             check(lib.steps_chunk_expiry_by_query(*args, rule.scale, rule.bias, served.sinks, served.window,
                                                   past.ctypes.data, chunk.ctypes.data))  # fmt: skip
-        elif isinstance(self.rule, DelayRule):
-            check(lib.steps_chunk_expiry_delayed(*args, self.rule.threshold, self.rule.delay, served.sinks,
+        elif isinstance(rule, DelayRule):
+            check(lib.steps_chunk_expiry_delayed(*args, rule.threshold, rule.delay, served.sinks,
                                                  past.ctypes.data, past.shape[1], chunk.ctypes.data))  # fmt: skip
-        elif isinstance(self.rule, WriteRule):
-            write = self.rule
-            lib.steps_chunk_expiry_at_write(*where, count, write.salts.ctypes.data, write.limit, write.delay,
+        elif isinstance(rule, WriteRule):
+            lib.steps_chunk_expiry_at_write(*where, count, rule.salts.ctypes.data, rule.limit, rule.delay,
                                             served.sinks, past.ctypes.data, past.shape[1], chunk.ctypes.data)  # fmt: skip
-        elif isinstance(self.rule, RequestRule):
+        elif isinstance(rule, RequestRule):
             lib.request_chunk_expiry(*where, count, past.ctypes.data, past.shape[1], chunk.ctypes.data)
 
     # Attending ---------------------------------------------------------------------------------------------------
@@ -204,7 +226,8 @@ class PruneCPUImpl(AttentionImpl):
             lane_out = torch.empty_like(lane_query)
         some = self._some_lanes(plan)
         if some is None:
-            if plan.schedule is None or self.rule is not None:  # with open gates all layers have equal lengths
+            # With open gates and no router all layers have equal lengths.
+            if plan.schedule is None or self.rule is not None or self.router is not None:
                 plan.schedule = self._schedule(plan.lengths, plan.starts, query.dtype)
             self._kernel(store, lane_query, lane_out, plan.lengths, plan.starts, plan.tables, plan.schedule)
         else:

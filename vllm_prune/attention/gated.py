@@ -86,12 +86,12 @@ class GatedAttention(Attention):
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         super().process_weights_after_loading(act_dtype)
-        if self.drop_gate is not None:
+        if self.drop_gate is not None and not self.serving.routes:
             self.impl.rule = rule_of(self.drop_gate, self.section)  # type: ignore[attr-defined,arg-type]
 
     def features(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Gate features [T, F] of the layer's normed input [T, D_model]; None when gates are open."""
-        if self.drop_gate is None:
+        """Gate features [T, F] of the layer's normed input [T, D_model]; None when gates are open or route tokens."""
+        if self.drop_gate is None or self.serving.routes:
             return None
         dtype = torch.float32 if self.section.dtype == "float32" else x.dtype
         return self.drop_gate(x.to(dtype)).to(self.kv_cache_torch_dtype)

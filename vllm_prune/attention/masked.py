@@ -35,6 +35,13 @@ def gather_lane(
     return key[:length], value[:length]
 
 
+def gather_keys(kv: torch.Tensor, pages: torch.Tensor, length: int, head_size: int) -> torch.Tensor:
+    """Keys [P, D] of one lane, in lane order; arguments as ``gather_lane``."""
+    page = kv[pages.long()]
+    n = page.shape[1] // (2 * head_size)
+    return page[:, : n * head_size].view(-1, head_size, n).transpose(1, 2).reshape(-1, head_size)[:length]
+
+
 def masked_attention(
     query: torch.Tensor,
     past: list[tuple[torch.Tensor, torch.Tensor]],

@@ -26,6 +26,7 @@ class ServedGate:
         rank: r, numbers remembered a token.
         num_units: E, eviction units a layer.
         sinks, window: protected keys, in tokens.
+        routes: whether layers run on a subset of the tokens.
     """
 
     reveal: Reveal | None
@@ -33,6 +34,7 @@ class ServedGate:
     num_units: int
     sinks: int
     window: int
+    routes: bool = False
 
     @classmethod
     def of(cls, section: DropGateConfig) -> ServedGate:
@@ -44,7 +46,13 @@ class ServedGate:
                 "DCP gates with scope 'kv_head' cannot be served yet.",
                 "Train with scope 'layer', or evaluate with the masked model of the training package.",
             )
-        return cls(gate.reveal, gate.num_remembered, gate.num_units, section.protect.sinks, section.protect.window)
+        if gate.routes and section.protect.window:
+            raise PruneError(
+                f"drop_gate.protect.window is {section.protect.window}, but {section.method} decides when a token is "
+                "written and never again.", "Set it to 0; protect.sinks is honoured.",
+            )  # fmt: skip
+        return cls(gate.reveal, gate.num_remembered, gate.num_units, section.protect.sinks, section.protect.window,
+                   gate.routes)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ One per model on a worker, made by the metadata builder, found by the connector 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -54,6 +54,10 @@ class PruneAttentionMetadata:
         decodes: rows with one token.
         chunks: rows with several.
         plan: tables of the kernel call, shared by layers that attend to the same rows.
+        positions: int32 [T], of the tokens of a routed layer's call, which have holes (``subset.py``); else None.
+        kept: int64 [T], a routed call's tokens as indices of the step; else None.
+        call: what the layer now running attends for, when that is not the whole step.
+        notes: what a router remembers from layer to layer of the step.
     """
 
     num_actual_tokens: int
@@ -61,6 +65,10 @@ class PruneAttentionMetadata:
     decodes: Rows
     chunks: Rows
     plan: LanePlan | None = None
+    positions: np.ndarray | None = None
+    kept: np.ndarray | None = None
+    call: PruneAttentionMetadata | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 class WorkerState:

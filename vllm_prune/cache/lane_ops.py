@@ -31,14 +31,22 @@ class Store(ctypes.Structure):
 
 
 class Tokens(ctypes.Structure):
-    """Mirror of ``Tokens`` in lanes.h: new keys, values and gate features of a step."""
+    """Mirror of ``Tokens`` in lanes.h: new keys, values and gate features of a layer's call."""
 
-    _fields_ = [(name, c_void_p) for name in ("key", "value", "features")] + [
+    _fields_ = [(name, c_void_p) for name in ("key", "value", "features", "positions")] + [
         (name, c_int64) for name in ("key_stride", "value_stride", "feature_stride", "num_features")
     ]
 
-    def point(self, key: torch.Tensor, value: torch.Tensor, features: torch.Tensor | None) -> Tokens:
-        """key, value [T, H, D], features [T, F]; rows may be strided, what is inside a row may not."""
+    def point(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        features: torch.Tensor | None,
+        positions: np.ndarray | None = None,
+    ) -> Tokens:
+        """key, value [T, H, D], features [T, F]; rows may be strided, what is inside a row may not. positions: int32 [T]
+        where they have holes; all must outlive the call."""
+        self.positions = None if positions is None else positions.ctypes.data
         self.key, self.key_stride = key.data_ptr(), key.stride(0)
         self.value, self.value_stride = value.data_ptr(), value.stride(0)
         if features is not None:
@@ -59,6 +67,7 @@ def _load() -> ctypes.CDLL:
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "lanes_fill_tables": (None, [s, n, n, p, p, n, p]),
         "lanes_summarize": (None, [s, n, p, p]),
+        "lanes_skip": (c_int, [s, n, n, p, p]),
         "lanes_pack": (n, [s, n, p, n, p, n]),
         "steps_decode_open": (c_int, rows),
         "steps_decode_by_query": (c_int, [*rows, f, f, i, i]),

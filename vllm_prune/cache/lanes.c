@@ -100,7 +100,8 @@ int lanes_drop(const Store *a, int64_t s, int64_t layer, int64_t unit, const int
     return 0;
 }
 
-/* Write those of c tokens whose expiry[i] > dead_at at the end of a unit's lanes, token i at position start + i. */
+/* Write those of c tokens whose expiry[i] > dead_at at the end of a unit's lanes, token i at position start + i unless
+ * the tokens carry their own. */
 int lanes_append(const Store *a, int64_t s, int64_t layer, int64_t unit, int32_t start, const int32_t *expiry, int32_t dead_at,
                  const Tokens *t, int64_t first, int64_t c) {
     int64_t h0, h1;
@@ -114,13 +115,24 @@ int lanes_append(const Store *a, int64_t s, int64_t layer, int64_t unit, int32_t
             const int64_t page = row_of(a, s, lane)[i / n];
             (a->elem == 2 ? write16 : write32)(a, h, page, i % n, t, first + j);
             if (h == h0) {
-                a->pos[page * a->N + i % n] = start + (int32_t)j;
+                a->pos[page * a->N + i % n] = position_in(t, start, first, j);
                 a->exp[page * a->N + i % n] = expiry[j];
             }
             i++;
         }
         *length_of(a, s, lane) = (int32_t)i;
     }
+    return 0;
+}
+
+/* Tokens that a layer does not run on, [count] slots and positions: never stored there, expiry = position. */
+int lanes_skip(const Store *a, int64_t layer, int64_t count, const int32_t *slots, const int32_t *positions) {
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t unit = 0; unit < a->units; unit++) {
+            a->dropped[(slots[i] * a->L + layer) * a->units + unit]++;
+            const int error = lanes_record(a, slots[i], layer, unit, positions[i], positions[i]);
+            if (error) return error;
+        }
     return 0;
 }
 

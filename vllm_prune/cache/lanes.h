@@ -34,14 +34,19 @@ typedef struct {
     int64_t L, H, B, N, D, r, Ng, per_layer, units, elem; /* elem: bytes of a number, 2 (bfloat16) or 4 (float32) */
 } Store;
 
-/* New tokens of a step. Strides in numbers; features may be NULL when nothing is remembered. */
+/* New tokens of a layer's call. Strides in numbers; features may be NULL when nothing is remembered. positions, int32 by
+ * token, where the layer runs on a subset of the step's tokens; NULL where each request's follow one another. */
 typedef struct {
     const void *key, *value, *features;
+    const int32_t *positions;
     int64_t key_stride, value_stride, feature_stride, num_features;
 } Tokens;
 
 static inline int32_t *row_of(const Store *a, int64_t s, int64_t lane) { return a->table + (s * a->lanes + lane) * a->W; }
 static inline int32_t *length_of(const Store *a, int64_t s, int64_t lane) { return a->length + s * a->lanes + lane; }
+static inline int32_t position_in(const Tokens *t, int32_t start, int64_t first, int64_t i) {
+    return t->positions ? t->positions[first + i] : start + (int32_t)i;
+}
 static inline int64_t page_tokens(const Store *a, int64_t h) { return h == a->H ? a->Ng : a->N; }
 static inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 

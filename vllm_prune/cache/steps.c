@@ -277,7 +277,7 @@ int steps_settle_chunk(const Store *a, int64_t s, int64_t layer, int32_t start, 
         for (int64_t i = 0; i < c && !error; i++) {
             if (chunk[unit * c + i] > dead_at) continue;
             a->dropped[(s * a->L + layer) * a->units + unit]++;
-            error = lanes_record(a, s, layer, unit, (int32_t)(start + i), chunk[unit * c + i]);
+            error = lanes_record(a, s, layer, unit, position_in(t, start, first, i), chunk[unit * c + i]);
         }
         if (error) return error;
     }

@@ -13,6 +13,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vllm_prune.attention.serving import ServedGate
 from vllm_prune.cache.geometry import LaneGeometry
+from vllm_prune.checkpoint import GENERIC_ARCHITECTURE
 from vllm_prune.compat import CONNECTOR, CONNECTOR_MODULE, check
 from vllm_prune.config import (
     MAX_STRENGTH,
@@ -78,6 +79,24 @@ def warn_if_unsafe(section: DropGateConfig) -> None:
         )  # fmt: skip
 
 
+def prepare_routing(vllm_config: VllmConfig, section: DropGateConfig) -> None:
+    """What methods need whose layers run on a subset of the tokens.
+
+    Raises:
+        PruneError: the base is served by the generic class, whose layers cannot be bypassed.
+    """
+    if GENERIC_ARCHITECTURE in (vllm_config.model_config.hf_config.architectures or ()):
+        raise PruneError(
+            f"{section.method} makes layers run on some of the tokens only, which the generic class cannot do.",
+            "Serve a Qwen3 or Llama base with it, or train another method for this base.",
+        )
+    if not vllm_config.model_config.enforce_eager:
+        logger.info(
+            "vllm-prune: torch.compile is switched off: how many tokens a layer runs on is known at run time only"
+        )
+        vllm_config.model_config.enforce_eager = True
+
+
 class GatedModelConfig(VerifyAndUpdateConfig):
     """See the module."""
 
@@ -90,6 +109,9 @@ class GatedModelConfig(VerifyAndUpdateConfig):
         gate_file = find_gate_file(model.model, model.revision)
         load_gates(gate_file, section)
         check_calibration(gate_file, section)
+        served = ServedGate.of(section)
+        if served.routes:
+            prepare_routing(vllm_config, section)
         cache = vllm_config.cache_config
         if not cache.user_specified_block_size:
             # Small pages come free sooner: half a page a lane is idle on average. The CPU platform would choose 128.
@@ -100,7 +122,7 @@ class GatedModelConfig(VerifyAndUpdateConfig):
                 section.num_kv_heads,
                 model.get_head_size(),
                 cache.block_size,
-                ServedGate.of(section).rank,
+                served.rank,
             )
         except ValueError as error:
             raise PruneError(

@@ -1,7 +1,8 @@
 """Gated Qwen3 and Llama over vLLM's own classes.
 
 The base class builds the model; then each attention module of it is given a gated attention layer and a forward that
-hands the gate the layer's normed input. To add a family: subclass its attention module (forward only) and its model.
+hands the gate the layer's normed input. Where the gates route tokens, decoder layers get a router in front (``routing``).
+To add a family: subclass its attention module (forward only), its decoder layer and its model.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from typing import ClassVar
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.model_executor.models.llama import LlamaAttention, LlamaForCausalLM
-from vllm.model_executor.models.qwen3 import Qwen3Attention, Qwen3ForCausalLM
+from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3ForCausalLM
 
 from vllm_prune.attention.gated import GatedAttention
 from vllm_prune.models.loading import load_gate_weights, without_gates
+from vllm_prune.models.routing import RoutedLayer, Router
 
 
 class PrunedQwen3Attention(Qwen3Attention):
@@ -45,6 +47,31 @@ class PrunedLlamaAttention(LlamaAttention):
         q, k = self.rotary_emb(positions, q, k)
         output, _ = self.o_proj(self.attn(q, k, v, self.attn.features(hidden_states)))
         return output
+
+
+class RoutedQwen3Layer(RoutedLayer, Qwen3DecoderLayer):
+    """Qwen3's decoder layer on the tokens that a router keeps."""
+
+
+class RoutedLlamaLayer(RoutedLayer, LlamaDecoderLayer):
+    """Llama's decoder layer on the tokens that a router keeps."""
+
+
+ROUTED: dict[type[nn.Module], type[nn.Module]] = {
+    Qwen3DecoderLayer: RoutedQwen3Layer,
+    LlamaDecoderLayer: RoutedLlamaLayer,
+}
+
+
+def route_layers(model: nn.Module, router: Router) -> None:
+    """Put a router in front of every decoder layer of a loaded gated model."""
+    layers = [module for module in model.modules() if type(module) in ROUTED]
+    for index, layer in enumerate(layers):
+        layer.__class__ = ROUTED[type(layer)]
+        layer.router, layer.index = router, index  # type: ignore[assignment]
+        impl = layer.self_attn.attn.impl  # type: ignore[union-attr]
+        impl.router = router  # type: ignore[union-attr]
+        router.impls.append(impl)  # type: ignore[arg-type]
 
 
 class GatedModelMixin:

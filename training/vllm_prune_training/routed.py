@@ -1,0 +1,176 @@
+"""Token routing on a Hugging Face decoder: the naive twin of the server's gather and scatter, differentiable.
+
+Every layer computes every token; what a token's decision g in {0, 1} does to it is arithmetic:
+
+    x_out = x_in + g (layer(x_in) - x_in),    and its key has weight g in every later row's softmax.
+
+In training g is straight-through: hard forward, soft backward. A row's own key always counts: the row of a skipped token
+is thrown away, but its gradient asks what it would have been.
+
+Letters: B batch, T tokens, L layers, H KV heads, G query heads a KV head, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from vllm_prune.errors import PruneError
+from vllm_prune.gates.base import at_least_float32
+from vllm_prune.gates.routing import FACTS
+
+Decide = Callable[[int, torch.Tensor], torch.Tensor | None]
+"""(layer, facts [B, T, 3]) to decisions g [B, T] with values 0 and 1, or None for all ones."""
+
+
+@dataclass
+class Routes:
+    """What routing knows and did in one forward pass.
+
+    Attributes:
+        facts: float32 [B, T, 3], of the last layer that computed each token.
+        kept: [B, T] a layer, the decisions g.
+        seen: facts that each layer's decision was made from, [B, T, 3].
+    """
+
+    facts: torch.Tensor
+    kept: list[torch.Tensor] = field(default_factory=list)
+    seen: list[torch.Tensor] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, batch: int, tokens: int, device: torch.device) -> Routes:
+        facts = torch.zeros(batch, tokens, FACTS, device=device)
+        facts[..., 0] = torch.arange(tokens, device=device)
+        return cls(facts)
+
+    def update(self, weights: torch.Tensor, live: torch.Tensor, ran: torch.Tensor) -> None:
+        """Take in a layer's attention.
+
+        Args:
+            weights: [B, H * G, T, T] (query, key), softmax.
+            live: [B, T], keys that each row sees, its own included.
+            ran: bool [B, T], tokens that the layer computed.
+        """
+        mean = weights.detach().float().mean(1)
+        own = mean.diagonal(dim1=1, dim2=2)
+        rank = (mean > own[..., None]).sum(-1)
+        fresh = torch.stack([self.facts[..., 0], own * live, rank / live], dim=-1)
+        self.facts = torch.where(ran[..., None], fresh, self.facts)
+
+
+def routed_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, gate: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Causal grouped-query attention in which key j weighs g_j in rows after its own.
+
+    Args:
+        query: [B, H * G, T, D]; key, value: [B, H, T, D].
+        scaling: of the logits.
+        gate: [B, T], 0 or 1, with gradients; None where all are 1.
+
+    Returns:
+        Output [B, T, H * G, D], weights [B, H * G, T, T], and the keys that each row sees [B, T].
+    """
+    b, heads, t, d = query.shape
+    h = key.shape[1]
+    grouped = query.reshape(b, h, heads // h, t, d)
+    logits = at_least_float32(grouped @ key[:, :, None].transpose(-1, -2)) * scaling  # [B, H, G, T, T]
+    causal = torch.ones(t, t, dtype=torch.bool, device=query.device).tril()
+    logits = logits.masked_fill(~causal, float("-inf"))
+    if gate is None:
+        weights = logits.softmax(-1)
+        live = torch.arange(1, t + 1, device=query.device).float().expand(b, t)
+    else:
+        own = torch.eye(t, dtype=torch.bool, device=query.device)
+        seen = torch.where(own, 1.0, gate[:, None, :].to(logits.dtype))  # [B, T, T]
+        live = (seen.detach() * causal).sum(-1)
+        if not gate.requires_grad:
+            weights = logits.masked_fill(seen[:, None, None] == 0, float("-inf")).softmax(-1)
+        else:  # a hidden key needs a finite gradient: no logarithm of 0
+            raw = (logits - logits.detach().amax(-1, keepdim=True)).exp() * seen[:, None, None]
+            weights = raw / raw.sum(-1, keepdim=True).clamp_min(1e-30)
+    out = weights.to(value.dtype) @ value[:, :, None]
+    return out.reshape(b, heads, t, d).transpose(1, 2), weights.reshape(b, heads, t, t), live
+
+
+def bypass(x: torch.Tensor, ran: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """The stream after a layer: x_in and the layer's output [B, T, D_model], decisions [B, T]."""
+    if not gate.requires_grad:
+        return torch.where(gate[..., None] > 0, ran, x)
+    return x + gate[..., None].to(x.dtype) * (ran - x)
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Layers whose forward takes and returns the stream itself.
+
+    Raises:
+        PruneError: the family is not one whose layers can be bypassed.
+    """
+    layers: Any = getattr(model.get_decoder(), "layers", None)
+    if layers is None or not all(hasattr(layer, "self_attn") and hasattr(layer, "mlp") for layer in layers):
+        raise PruneError(
+            f"the layers of {type(model).__name__} cannot be bypassed token by token.",
+            "Routing methods need a Qwen3- or Llama-like base.",
+        )
+    return list(layers)
+
+
+class RoutedLayers:
+    """Hooks around each decoder layer, silent until ``start``.
+
+    Args:
+        model: whose layers to route.
+        calls: what each layer's attention reads (``masked._LayerCall``).
+        keep_kv: skipped tokens still store their keys and values (``RoutingGate.keeps_kv``).
+    """
+
+    def __init__(self, model: PreTrainedModel, calls: Sequence[Any], keep_kv: bool) -> None:
+        self.calls, self.keep_kv = calls, keep_kv
+        self.routes: Routes | None = None
+        self.decide: Decide = lambda layer, facts: None
+        self._stream: torch.Tensor | None = None
+        self._gate: torch.Tensor | None = None
+        for index, layer in enumerate(decoder_layers(model)):
+            layer.register_forward_pre_hook(self._before(index), with_kwargs=True)
+            layer.register_forward_hook(self._after)
+
+    def start(self, ids: torch.Tensor, decide: Decide) -> Routes:
+        """Route the next forward pass over ids [B, T]; the result fills while it runs."""
+        self.routes, self.decide = Routes.start(*ids.shape, ids.device), decide
+        return self.routes
+
+    def stop(self) -> None:
+        """Layers run on everything again."""
+        self.routes = self._stream = self._gate = None
+        for call in self.calls:
+            call.clear()
+
+    def _before(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def route(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.routes is None:
+                return
+            routes = self.routes
+            gate = self.decide(index, routes.facts)
+            self._stream, self._gate = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], gate
+            ones = torch.ones(routes.facts.shape[:2], device=routes.facts.device)
+            routes.seen.append(routes.facts)
+            routes.kept.append(ones if gate is None else gate)
+
+            def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
+                out, weights, live = routed_attention(q, k, v, scaling, None if self.keep_kv else gate)
+                routes.update(weights, live, (ones if gate is None else gate.detach()) > 0)
+                return out
+
+            self.calls[index].routed = attention
+
+        return route
+
+    def _after(self, _module: nn.Module, _args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+        if self.routes is None or self._gate is None or self._stream is None:
+            return None
+        return bypass(self._stream, output, self._gate)
