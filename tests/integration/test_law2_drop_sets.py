@@ -32,6 +32,7 @@ from vllm_prune.gates.borrowed import borrow
 RECORD = {"additional_config": {"vllm_prune": {"record": True}}}
 METHODS = {
     "dcp": {"beta": 3.6},
+    "dcp_kv_head": {"beta": 3.6, "scope": "kv_head"},
     "dms": {"delay": 8},
     "window": {"window": 40},
     "random": {"keep": 0.4, "delay": 8, "seed": 3},
@@ -43,8 +44,9 @@ METHODS = {
 def gated(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     config = tiny_config("qwen3", layers=3)
-    section = {"protect": {"sinks": 2}} if GATES[request.param].protects else {}
-    return save_gated(folder, config, request.param, section=section, **METHODS[request.param])
+    method = request.param.removesuffix("_kv_head")
+    section = {"protect": {"sinks": 2}} if GATES[method].protects else {}
+    return save_gated(folder, config, method, section=section, **METHODS[request.param])
 
 
 def expected(gated, ids: list[int], prompt: int) -> np.ndarray:

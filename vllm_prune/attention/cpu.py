@@ -150,7 +150,7 @@ class PruneCPUImpl(AttentionImpl):
         args = (store.lanes.ref, self.index, rows.count, *rows.pointers, tokens)
         served = self.serving
         if isinstance(rule, QueryRule):
-            check(lib.steps_decode_by_query(*args, rule.scale, rule.bias, served.sinks, served.window))
+            check(lib.steps_decode_by_query(*args, rule.scale, rule.biases.ctypes.data, served.sinks, served.window))
         elif isinstance(rule, DelayRule):
             check(lib.steps_decode_delayed(*args, rule.threshold, rule.delay, served.sinks))
         elif isinstance(rule, WriteRule):
@@ -195,8 +195,8 @@ class PruneCPUImpl(AttentionImpl):
         served = self.serving
         args = (*where, first, count, tokens)
         if isinstance(rule, QueryRule):
-            check(lib.steps_chunk_expiry_by_query(*args, rule.scale, rule.bias, served.sinks, served.window,
-                                                  past.ctypes.data, chunk.ctypes.data))  # fmt: skip
+            check(lib.steps_chunk_expiry_by_query(*args, rule.scale, rule.biases.ctypes.data, served.sinks, served.window,
+                                                  past.ctypes.data, past.shape[1], chunk.ctypes.data))  # fmt: skip
         elif isinstance(rule, DelayRule):
             check(lib.steps_chunk_expiry_delayed(*args, rule.threshold, rule.delay, served.sinks,
                                                  past.ctypes.data, past.shape[1], chunk.ctypes.data))  # fmt: skip

@@ -121,6 +121,7 @@ class GatedAttention(Attention):
             dtype=self.kv_cache_torch_dtype,
             num_layers=self.section.num_layers,
             gate_rank=self.serving.rank,
+            gate_lanes=self.serving.gate_lanes,
             chunk_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
             expected_keep=1.0 if dense else self.section.expected_keep,
         )

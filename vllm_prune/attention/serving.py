@@ -23,8 +23,9 @@ class ServedGate:
 
     Attributes:
         reveal: None when every gate is open (strength 0): then nothing is computed, remembered or dropped.
-        rank: r, numbers remembered a token.
+        rank: r, numbers remembered a token and gate lane.
         num_units: E, eviction units a layer.
+        gate_lanes: of a layer: E if the gate remembers anything, else 0.
         sinks, window: protected keys, in tokens.
         routes: whether layers run on a subset of the tokens.
     """
@@ -32,6 +33,7 @@ class ServedGate:
     reveal: Reveal | None
     rank: int
     num_units: int
+    gate_lanes: int
     sinks: int
     window: int
     routes: bool = False
@@ -39,28 +41,29 @@ class ServedGate:
     @classmethod
     def of(cls, section: DropGateConfig) -> ServedGate:
         if section.strength == 0.0:
-            return cls(None, 0, 1, 0, 0)
+            return cls(None, 0, 1, 0, 0, 0)
         gate = section.build_gate()
-        if gate.reveal is Reveal.BY_QUERY and gate.num_units > 1:
-            raise PruneError(
-                "DCP gates with scope 'kv_head' cannot be served yet.",
-                "Train with scope 'layer', or evaluate with the masked model of the training package.",
-            )
         if gate.routes and section.protect.window:
             raise PruneError(
                 f"drop_gate.protect.window is {section.protect.window}, but {section.method} decides when a token is "
                 "written and never again.", "Set it to 0; protect.sinks is honoured.",
             )  # fmt: skip
-        return cls(gate.reveal, gate.num_remembered, gate.num_units, section.protect.sinks, section.protect.window,
-                   gate.routes)  # fmt: skip
+        units, protect = gate.num_units, section.protect
+        lanes = units if gate.num_remembered else 0
+        return cls(gate.reveal, gate.num_remembered // units, units, lanes, protect.sinks, protect.window, gate.routes)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class QueryRule:
-    """DCP in one layer: key dropped iff dot * scale + bias <= 0."""
+    """DCP in one layer: key dropped iff dot * scale + bias <= 0.
+
+    Attributes:
+        scale: of the dot products.
+        biases: float32 [E], one a unit.
+    """
 
     scale: float
-    bias: float
+    biases: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,8 @@ def rule_of(gate: Gate, section: DropGateConfig) -> Rule:
         return RequestRule(None if gate.predictor is None else gate, section.strength)
     shift = decision_shift(section.strength) * gate.unit
     if isinstance(gate, DCPGate):
-        return QueryRule(1.0 / math.sqrt(gate.rank), float(gate.beta.float()) + shift)
+        biases = gate.beta.float().reshape(-1).numpy() + np.float32(shift)
+        return QueryRule(1.0 / math.sqrt(gate.unit_rank), biases.astype(np.float32))
     if isinstance(gate, DMSGate):
         return DelayRule(shift, max(gate.delay, section.protect.window))
     if isinstance(gate, WindowGate):

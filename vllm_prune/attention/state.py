@@ -140,7 +140,8 @@ class WorkerState:
         single = tokens == 1
         total = int(query_start[-1])
         if store.record:
-            live = int(store.lanes.length[slots][:, :: store.geometry.lanes_per_layer].sum()) * store.units
+            lengths = store.lanes.length[slots].reshape(len(slots), -1, store.geometry.lanes_per_layer)
+            live = int(lengths[:, :, : store.units].sum())
             store.reserve_events(live + total * store.geometry.num_layers * store.units)
         return PruneAttentionMetadata(total, self, rows.pick(single), rows.pick(~single & (tokens > 0)))
 

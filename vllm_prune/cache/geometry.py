@@ -2,7 +2,8 @@
 
 A *lane* is the KV sequence of one request at one (layer, KV head), survivors packed densely. A *head-page* holds the
 N tokens of one head of one block; one granted block is L x H head-pages, usable by any lane of its request. A gate that
-remembers r numbers per token has one more lane per layer, whose page holds 2 N D / r tokens.
+remembers something per token has more lanes in each layer, one an eviction unit, of r numbers a token and 2 N D / r tokens
+a page.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ def cdiv(a: int, b: int) -> int:
 
 @dataclass(frozen=True)
 class LaneGeometry:
-    """Sizes of one model's lanes on one rank. Units: layers, heads, tokens, numbers."""
+    """Sizes of one model's lanes on one rank. Units: layers, heads, tokens, numbers, lanes a layer.
+
+    ``gate_rank`` is r of one gate lane; ``gate_lanes`` 1, or H where each KV head decides for itself; unused if r is 0.
+    """
 
     num_layers: int
     num_kv_heads: int
     head_size: int
     block_tokens: int
     gate_rank: int = 0
+    gate_lanes: int = 1
 
     def __post_init__(self) -> None:
         page = 2 * self.block_tokens * self.head_size
@@ -35,7 +40,7 @@ class LaneGeometry:
 
     @property
     def lanes_per_layer(self) -> int:
-        return self.num_kv_heads + (1 if self.gate_rank else 0)
+        return self.num_kv_heads + (self.gate_lanes if self.gate_rank else 0)
 
     @property
     def num_lanes(self) -> int:
@@ -51,7 +56,7 @@ class LaneGeometry:
         add to any request, since each lane needs at most ceil(n / page tokens) more pages."""
         pages = self.num_layers * self.num_kv_heads * cdiv(tokens, self.block_tokens)
         if self.gate_rank:
-            pages += self.num_layers * cdiv(tokens, self.gate_page_tokens)
+            pages += self.num_layers * self.gate_lanes * cdiv(tokens, self.gate_page_tokens)
         return pages
 
     def blocks_for_pages(self, pages: int) -> int:

@@ -29,9 +29,9 @@ static void give_page(const Store *a, int64_t s, int64_t lane, int64_t index) {
         const int64_t page = 2 * a->N * a->D, n = page_tokens(a, h);                                                      \
         T *dst = (T *)a->kv + p * page;                                                                                   \
         const T *src = (const T *)a->kv + q * page;                                                                       \
-        const int64_t strided = h == a->H ? a->r : a->D;                                                                  \
+        const int64_t strided = h >= a->H ? a->r : a->D;                                                                  \
         for (int64_t i = 0; i < strided; i++) dst[i * n + o] = src[i * n + u];                                            \
-        if (h != a->H) memmove(dst + n * a->D + o * a->D, src + n * a->D + u * a->D, sizeof(T) * a->D);                   \
+        if (h < a->H) memmove(dst + n * a->D + o * a->D, src + n * a->D + u * a->D, sizeof(T) * a->D);                   \
     }
 DEFINE_MOVE(move16, uint16_t)
 DEFINE_MOVE(move32, uint32_t)
@@ -40,8 +40,8 @@ DEFINE_MOVE(move32, uint32_t)
     static void NAME(const Store *a, int64_t h, int64_t p, int64_t o, const Tokens *t, int64_t token) {                   \
         const int64_t n = page_tokens(a, h);                                                                              \
         T *dst = (T *)a->kv + p * 2 * a->N * a->D;                                                                        \
-        if (h == a->H) {                                                                                                  \
-            const T *g = (const T *)t->features + token * t->feature_stride + t->num_features - a->r;                     \
+        if (h >= a->H) { /* the last numbers of a token's features, by unit */                                            \
+            const T *g = (const T *)t->features + token * t->feature_stride + t->num_features - (a->per_layer - h) * a->r; \
             for (int64_t i = 0; i < a->r; i++) dst[i * n + o] = g[i];                                                     \
             return;                                                                                                       \
         }                                                                                                                 \
@@ -69,9 +69,7 @@ int lanes_record(const Store *a, int64_t s, int64_t layer, int64_t unit, int32_t
 /* Remove the tokens at indices victims[0..count) (ascending) of a unit; the last tokens fill the holes. */
 int lanes_drop(const Store *a, int64_t s, int64_t layer, int64_t unit, const int32_t *victims, const int32_t *when, int64_t count) {
     if (count == 0) return 0;
-    int64_t h0, h1;
-    unit_heads(a, unit, &h0, &h1);
-    const int64_t first = layer * a->per_layer + h0;
+    const int64_t first = layer * a->per_layer + unit;
     const int32_t *row = row_of(a, s, first);
     const int64_t old = *length_of(a, s, first);
     int64_t length = old;
@@ -82,7 +80,7 @@ int lanes_drop(const Store *a, int64_t s, int64_t layer, int64_t unit, const int
         if (error) return error;
         length--;
         if (i == length) continue;
-        for (int64_t h = h0; h < h1; h++) {
+        EACH_LANE_OF(a, unit, h) {
             const int64_t lane = layer * a->per_layer + h, n = page_tokens(a, h);
             const int32_t *pages = row_of(a, s, lane);
             (a->elem == 2 ? move16 : move32)(a, h, pages[i / n], i % n, pages[length / n], length % n);
@@ -91,7 +89,7 @@ int lanes_drop(const Store *a, int64_t s, int64_t layer, int64_t unit, const int
         a->pos[at] = a->pos[last];
         a->exp[at] = a->exp[last];
     }
-    for (int64_t h = h0; h < h1; h++) {
+    EACH_LANE_OF(a, unit, h) {
         const int64_t lane = layer * a->per_layer + h, n = page_tokens(a, h);
         for (int64_t index = ceil_div(old, n) - 1; index >= ceil_div(length, n); index--) give_page(a, s, lane, index);
         *length_of(a, s, lane) = (int32_t)length;
@@ -104,9 +102,7 @@ int lanes_drop(const Store *a, int64_t s, int64_t layer, int64_t unit, const int
  * the tokens carry their own. */
 int lanes_append(const Store *a, int64_t s, int64_t layer, int64_t unit, int32_t start, const int32_t *expiry, int32_t dead_at,
                  const Tokens *t, int64_t first, int64_t c) {
-    int64_t h0, h1;
-    unit_heads(a, unit, &h0, &h1);
-    for (int64_t h = h0; h < h1; h++) { /* lane by lane: a page stays in cache while it fills */
+    EACH_LANE_OF(a, unit, h) { /* lane by lane: a page stays in cache while it fills */
         const int64_t lane = layer * a->per_layer + h, n = page_tokens(a, h);
         int64_t i = *length_of(a, s, lane);
         for (int64_t j = 0; j < c; j++) {
@@ -114,7 +110,7 @@ int lanes_append(const Store *a, int64_t s, int64_t layer, int64_t unit, int32_t
             if (i % n == 0 && take_page(a, s, lane, i / n)) return OUT_OF_PAGES;
             const int64_t page = row_of(a, s, lane)[i / n];
             (a->elem == 2 ? write16 : write32)(a, h, page, i % n, t, first + j);
-            if (h == h0) {
+            if (h == unit) {
                 a->pos[page * a->N + i % n] = position_in(t, start, first, j);
                 a->exp[page * a->N + i % n] = expiry[j];
             }

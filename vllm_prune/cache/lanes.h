@@ -1,8 +1,9 @@
 /* The worker's arrays as C sees them. Filled in by lane_ops.py; all memory belongs to Python.
  *
  * Letters: S request slots, L layers, H KV heads, B blocks, P = L B H head-pages, N tokens a page, D head size, r numbers
- * a gate remembers per token, Ng = 2 N D / r tokens a gate page, W pages a lane, E eviction units a layer (1 or H).
- * A K/V page holds K transposed, [D, N], then V, [N, D] (vLLM's "vec" CPU format); a gate page gate keys, [r, Ng].
+ * a gate lane remembers per token, Ng = 2 N D / r tokens a gate page, W pages a lane, E eviction units a layer (1 or H).
+ * A layer's lanes: H of K/V, then those of gate keys, one a unit, if the gate remembers anything. A K/V page holds K
+ * transposed, [D, N], then V, [N, D] (vLLM's "vec" CPU format); a gate page gate keys, [r, Ng].
  * Lanes of one unit hold the same tokens at the same indices; a request's newest token is always the last of its lane.
  */
 #ifndef VLLM_PRUNE_LANES_H
@@ -47,14 +48,13 @@ static inline int32_t *length_of(const Store *a, int64_t s, int64_t lane) { retu
 static inline int32_t position_in(const Tokens *t, int32_t start, int64_t first, int64_t i) {
     return t->positions ? t->positions[first + i] : start + (int32_t)i;
 }
-static inline int64_t page_tokens(const Store *a, int64_t h) { return h == a->H ? a->Ng : a->N; }
+static inline int64_t page_tokens(const Store *a, int64_t h) { return h >= a->H ? a->Ng : a->N; }
 static inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-/* First and one-past-last head index of a unit's lanes within its layer (index H is the gate lane). */
-static inline void unit_heads(const Store *a, int64_t unit, int64_t *h0, int64_t *h1) {
-    *h0 = a->units == 1 ? 0 : unit;
-    *h1 = a->units == 1 ? a->per_layer : unit + 1;
-}
+/* A unit's lanes within its layer: all of them, or its KV head's and, H further on, that of its gate keys. */
+#define EACH_LANE_OF(a, unit, h) \
+    for (int64_t h = (a)->units == 1 ? 0 : (unit); h < (a)->per_layer; h += (a)->units == 1 ? 1 : (a)->H)
+static inline int64_t gate_lane_of(const Store *a, int64_t layer, int64_t unit) { return layer * a->per_layer + a->H + unit; }
 
 int lanes_drop(const Store *a, int64_t s, int64_t layer, int64_t unit, const int32_t *victims, const int32_t *when, int64_t count);
 int lanes_append(const Store *a, int64_t s, int64_t layer, int64_t unit, int32_t start, const int32_t *expiry, int32_t dead_at,

@@ -16,19 +16,22 @@ class PruneSpec(FullAttentionSpec):
 
     Attributes:
         num_layers: L, gated layers on this rank (all of them share one group and one kind of block).
-        gate_rank: r, numbers a token that the gate remembers; they live in lanes of their own.
+        gate_rank: r, numbers that the gate remembers of a token in a lane of its own; gate_lanes: such lanes in a layer.
         chunk_tokens: most tokens of one request in one step.
         expected_keep: planned mean kept fraction, from the checkpoint.
     """
 
     num_layers: int
     gate_rank: int = 0
+    gate_lanes: int = 1
     chunk_tokens: int
     expected_keep: float = 1.0
 
     @property
     def geometry(self) -> LaneGeometry:
-        return LaneGeometry(self.num_layers, self.num_kv_heads, self.head_size, self.block_size, self.gate_rank)
+        return LaneGeometry(
+            self.num_layers, self.num_kv_heads, self.head_size, self.block_size, self.gate_rank, self.gate_lanes
+        )
 
     @property
     def prefix_cacheable(self) -> bool:

@@ -1,6 +1,6 @@
 /* What happens to lanes before (decode) and around (prefill chunk) attention in one layer. The naive twin is reference.py.
  *
- * by query (DCP): score = dot(q', k') * scale + bias, key dropped iff score <= 0, by the query's own position.
+ * by query (DCP): score = dot(q', k') * scale + bias of its unit, key dropped iff score <= 0, by the query's own position.
  * delayed (DMS): logit of token n > threshold gives key n - 1 the expiry n + delay.
  * at write (window, random): key j gets the expiry j + 1 + delay unless a hash of its position lies below a limit.
  * Sums run over r in one fixed order and without contraction, so that chunking cannot change a decision.
@@ -100,25 +100,26 @@ int steps_decode_open(const Store *a, int64_t layer, int64_t rows, const int32_t
 }
 
 int steps_decode_by_query(const Store *a, int64_t layer, int64_t rows, const int32_t *slots, const int32_t *first, const int32_t *positions,
-                          const Tokens *t, float scale, float bias, int32_t sinks, int32_t window) {
-    const int64_t gate_lane = layer * a->per_layer + a->H, kv_lane = layer * a->per_layer;
+                          const Tokens *t, float scale, const float *biases, int32_t sinks, int32_t window) {
     int64_t most = 1;
-    for (int64_t i = 0; i < rows; i++) {
-        const int64_t n = *length_of(a, slots[i], gate_lane);
+    for (int64_t i = 0; i < rows * a->units; i++) {
+        const int64_t n = *length_of(a, slots[i / a->units], gate_lane_of(a, layer, i % a->units));
         if (n > most) most = n;
     }
     int32_t *victims = malloc(sizeof(int32_t) * 2 * most), *when = victims + most;
     float *kt = malloc(sizeof(float) * a->r * (BLOCK + 1)), *q = kt + a->r * BLOCK;
     float out[BLOCK];
     int error = victims && kt ? 0 : OUT_OF_MEMORY;
-    for (int64_t i = 0; i < rows && !error; i++) {
-        const int64_t s = slots[i], length = *length_of(a, s, gate_lane);
+    for (int64_t iu = 0; iu < rows * a->units && !error; iu++) {
+        const int64_t i = iu / a->units, unit = iu % a->units, s = slots[i];
+        const int64_t gate_lane = gate_lane_of(a, layer, unit), kv_lane = layer * a->per_layer + unit;
+        const int64_t length = *length_of(a, s, gate_lane);
         int64_t count = 0, n;
-        load_row(a, t, first[i], 0, a->r, q);
+        load_row(a, t, first[i], unit * a->r, a->r, q);
         for (int64_t base = 0; base < length; base += n) {
             n = block_in_page(a, base, length);
             load_gate_keys(a, s, gate_lane, base, n, kt);
-            score_block(kt, q, a->r, scale, bias, out);
+            score_block(kt, q, a->r, scale, biases[unit], out);
             for (int64_t j = 0; j < n; j++) {
                 if (out[j] > 0.0f) continue;
                 if (sinks > 0 || window > 0) {
@@ -129,8 +130,8 @@ int steps_decode_by_query(const Store *a, int64_t layer, int64_t rows, const int
                 when[count++] = positions[i];
             }
         }
-        error = lanes_drop(a, s, layer, 0, victims, when, count);
-        if (!error) error = append_one(a, s, layer, 0, positions[i], t, first[i]);
+        error = lanes_drop(a, s, layer, unit, victims, when, count);
+        if (!error) error = append_one(a, s, layer, unit, positions[i], t, first[i]);
     }
     free(victims);
     free(kt);
@@ -212,14 +213,13 @@ static void first_crossing(const float *kt, const int32_t *p, int32_t *e, int64_
     }
 }
 
-/* Expiries that the queries of a chunk give to live keys, past [P], and to the chunk's own, chunk [C]. Drops nothing. */
-int steps_chunk_expiry_by_query(const Store *a, int64_t s, int64_t layer, int32_t start, int64_t first, int64_t c, const Tokens *t,
-                                float scale, float bias, int32_t sinks, int32_t window, int32_t *past, int32_t *chunk) {
-    const int64_t gate_lane = layer * a->per_layer + a->H, kv_lane = layer * a->per_layer, length = *length_of(a, s, gate_lane);
+static int unit_expiry_by_query(const Store *a, int64_t s, int64_t layer, int64_t unit, int32_t start, int64_t first, int64_t c,
+                                const Tokens *t, float scale, float bias, int32_t sinks, int32_t window, int32_t *past, int32_t *chunk) {
+    const int64_t gate_lane = gate_lane_of(a, layer, unit), kv_lane = layer * a->per_layer + unit, length = *length_of(a, s, gate_lane);
     float *q = malloc(sizeof(float) * (c * a->r + a->r * (BLOCK + 1))), *kt = q + c * a->r, *k = kt + a->r * BLOCK;
     if (!q) return OUT_OF_MEMORY;
     int32_t p[BLOCK];
-    for (int64_t i = 0; i < c; i++) load_row(a, t, first + i, 0, a->r, q + i * a->r);
+    for (int64_t i = 0; i < c; i++) load_row(a, t, first + i, unit * a->r, a->r, q + i * a->r);
     for (int64_t i = 0; i < length; i++) past[i] = NEVER;
     for (int64_t i = 0; i < c; i++) chunk[i] = NEVER;
     for (int64_t base = 0, n; base < length; base += n) {
@@ -233,7 +233,7 @@ int steps_chunk_expiry_by_query(const Store *a, int64_t s, int64_t layer, int32_
         memset(kt, 0, sizeof(float) * a->r * BLOCK);
         for (int64_t j = 0; j < n; j++) {
             p[j] = (int32_t)(start + base + j);
-            load_row(a, t, first + base + j, a->r, a->r, k);
+            load_row(a, t, first + base + j, (a->units + unit) * a->r, a->r, k);
             for (int64_t x = 0; x < a->r; x++) kt[x * BLOCK + j] = k[x];
         }
         /* start + i - p[j] > window >= 0 keeps a key from being judged by itself or by earlier queries. */
@@ -241,6 +241,16 @@ int steps_chunk_expiry_by_query(const Store *a, int64_t s, int64_t layer, int32_
     }
     free(q);
     return 0;
+}
+
+/* Expiries that the queries of a chunk give to live keys, past [E, width], and to the chunk's own, chunk [E, C]. Drops nothing. */
+int steps_chunk_expiry_by_query(const Store *a, int64_t s, int64_t layer, int32_t start, int64_t first, int64_t c, const Tokens *t, float scale,
+                                const float *biases, int32_t sinks, int32_t window, int32_t *past, int64_t width, int32_t *chunk) {
+    int error = 0;
+    for (int64_t unit = 0; unit < a->units && !error; unit++)
+        error = unit_expiry_by_query(a, s, layer, unit, start, first, c, t, scale, biases[unit], sinks, window, past + unit * width,
+                                     chunk + unit * c);
+    return error;
 }
 
 /* The same for delayed decisions: past [E, width], chunk [E, C]. Marks the newest past key of each unit. */
@@ -262,7 +272,7 @@ int steps_chunk_expiry_delayed(const Store *a, int64_t s, int64_t layer, int32_t
 int steps_settle_chunk(const Store *a, int64_t s, int64_t layer, int32_t start, int32_t dead_at, int64_t first, int64_t c, const Tokens *t,
                        const int32_t *past, int64_t width, const int32_t *chunk) {
     for (int64_t unit = 0; unit < a->units; unit++) {
-        const int64_t lane = layer * a->per_layer + (a->units == 1 ? 0 : unit), length = *length_of(a, s, lane);
+        const int64_t lane = layer * a->per_layer + unit, length = *length_of(a, s, lane);
         int32_t *victims = malloc(sizeof(int32_t) * (2 * length + 2)), *when = victims + length + 1;
         if (!victims) return OUT_OF_MEMORY;
         int64_t count = 0;

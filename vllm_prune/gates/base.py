@@ -148,7 +148,7 @@ class Gate(nn.Module, ABC):
 
         Args:
             features: [B, T, F].
-            soft: the method's own temperature (``alpha`` for DCP, ``tau`` for DMS).
+            soft: the method's own knobs (``alpha`` and ``leak`` for DCP, ``tau`` for DMS).
 
         Returns:
             float32 [B, E, T, T] (query, key), <= 0, non-increasing in the query; 0 for j >= n. Its hard limit is

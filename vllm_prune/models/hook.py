@@ -117,12 +117,14 @@ class GatedModelConfig(VerifyAndUpdateConfig):
             # Small pages come free sooner: half a page a lane is idle on average. The CPU platform would choose 128.
             cache.block_size, cache.user_specified_block_size = BLOCK_TOKENS, True
         try:
+            served = ServedGate.of(section)
             LaneGeometry(
                 section.num_layers,
                 section.num_kv_heads,
                 model.get_head_size(),
                 cache.block_size,
                 served.rank,
+                served.gate_lanes,
             )
         except ValueError as error:
             raise PruneError(

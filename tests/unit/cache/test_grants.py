@@ -9,8 +9,14 @@ from hypothesis import strategies as st
 from vllm_prune.cache.geometry import LaneGeometry, cdiv
 from vllm_prune.cache.grants import GrantLog, LaneReport
 
+
+def geometry_of(per_head: bool, **sizes: int) -> LaneGeometry:
+    return LaneGeometry(**sizes, gate_lanes=sizes["num_kv_heads"] if per_head else 1)
+
+
 geometries = st.builds(
-    LaneGeometry,
+    geometry_of,
+    per_head=st.booleans(),
     num_layers=st.integers(1, 4),
     num_kv_heads=st.integers(1, 4),
     head_size=st.sampled_from([32, 64]),
@@ -32,7 +38,7 @@ def test_bound_covers_whatever_the_gates_keep(geometry, covered, lengths, more):
     def pages(extra: int) -> int:
         total = 0
         for i, length in enumerate(lanes):
-            gate = g.gate_rank and i % g.lanes_per_layer == g.num_kv_heads
+            gate = g.gate_rank and i % g.lanes_per_layer >= g.num_kv_heads
             total += cdiv(length + extra, g.gate_page_tokens if gate else g.block_tokens)
         return total
 
