@@ -36,7 +36,7 @@ from .tokenizer import train_tokenizer
 TOKENIZER_CHARS = 40_000_000
 
 
-def _base_config(folder: str) -> PretrainedConfig:
+def base_config(folder: str) -> PretrainedConfig:
     """A folder's config, checked, without a drop_gate section that it may have."""
     if not (Path(folder) / "config.json").is_file():
         raise PruneError(f"{folder} is no model folder: it has no config.json.", "Set model to a Hugging Face folder.")
@@ -104,7 +104,7 @@ def make_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedM
     """The base in float32, without dropout. Raises PruneError before any weight is read."""
     longest = max(length for _, length in recipe.training.phases)
     new = None if isinstance(recipe.model, str) else recipe.model.new
-    config = _base_config(recipe.model) if isinstance(recipe.model, str) else _new_config(recipe.model.new, tokenizer)
+    config = base_config(recipe.model) if isinstance(recipe.model, str) else _new_config(recipe.model.new, tokenizer)
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and longest > limit:
         raise PruneError(f"training.lengths has {longest} tokens, but the model has {limit} positions.", "Lower it.")
@@ -178,7 +178,7 @@ def make_teacher(recipe: Recipe) -> PreTrainedModel | None:
     folder = recipe.teacher or (recipe.model if isinstance(recipe.model, str) else None)
     if folder is None:
         raise PruneError("a new model has nothing to teach: objective has a KL loss.", "Name a teacher folder.")
-    config = _base_config(folder)
+    config = base_config(folder)
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
     teacher = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
     return teacher.eval().requires_grad_(False)  # type: ignore[no-any-return]

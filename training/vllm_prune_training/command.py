@@ -9,6 +9,8 @@ from pathlib import Path
 
 from .launch import launch
 from .recipe_file import read_recipe
+from .shadow.recipe import ShadowRecipe
+from .shadow.run import run as shadow_run
 
 
 def train_command(path: Path, overrides: Sequence[str], resume: bool) -> int:
@@ -18,7 +20,7 @@ def train_command(path: Path, overrides: Sequence[str], resume: bool) -> int:
         PruneError: refused (2), a loss that is no number (3), something that could not be written (4: ``exit_code``).
     """
     recipe = read_recipe(path, overrides)
-    outcome = launch(recipe, resume)
+    outcome = shadow_run(recipe, resume) if isinstance(recipe, ShadowRecipe) else launch(recipe, resume)
     first = os.environ.get("RANK", "0") == "0"  # of those that an outer launcher started
     if outcome.signal:
         name = signal.Signals(outcome.signal).name

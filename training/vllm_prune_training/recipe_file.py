@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from vllm_prune.errors import PruneError
 
 from .recipe import Recipe
+from .shadow.recipe import ShadowRecipe
 
 
 class _Loader(yaml.SafeLoader):
@@ -57,9 +58,8 @@ def override(data: dict[str, Any], item: str) -> None:
     place[path[-1]] = parse_yaml(text, f"--set {name}")
 
 
-def _model_at(loc: Sequence[str | int]) -> type[BaseModel] | None:
-    """The section that a location of an error lies in."""
-    kind: type[BaseModel] | None = Recipe
+def _model_at(kind: type[BaseModel] | None, loc: Sequence[str | int]) -> type[BaseModel] | None:
+    """The section of a recipe that a location of an error lies in."""
     for part in loc:
         field = kind.model_fields.get(str(part)) if kind else None
         if field is None:
@@ -78,14 +78,14 @@ def _types(annotation: Any) -> Iterator[Any]:
         yield annotation
 
 
-def _explain(error: dict[str, Any]) -> str:
-    """One line about one error of pydantic's."""
+def _explain(error: dict[str, Any], kind: type[BaseModel]) -> str:
+    """One line about one error of pydantic's about a recipe of a kind."""
     loc = error["loc"]
     # Names of the branches of a union are no part of the recipe.
     names = [str(x) for x in loc if isinstance(x, int) or not re.search(r"[\[\]()]|^(int|Model|str)$", str(x))]
     field = ".".join(names) or "recipe"
     if error["type"] == "extra_forbidden":
-        section = _model_at(loc[:-1])
+        section = _model_at(kind, loc[:-1])
         allowed = sorted(f.alias or name for name, f in section.model_fields.items()) if section else []
         return f"field '{field}' is unknown; allowed here: {', '.join(allowed)}"
     if error["type"] == "missing":
@@ -96,18 +96,19 @@ def _explain(error: dict[str, Any]) -> str:
     return f"field '{field}': {said}{shown}"
 
 
-def parse_recipe(data: Any, where: str) -> Recipe:
-    """A checked recipe from plain data. Raises PruneError with all that is wrong in it."""
+def parse_recipe(data: Any, where: str) -> Recipe | ShadowRecipe:
+    """A checked recipe from plain data; a section ``shadow`` makes it ShadowLLM's. Raises PruneError with all its faults."""
     if not isinstance(data, dict):
         raise PruneError(f"{where} must hold fields with values, got {type(data).__name__}.", "See examples/recipes.")
+    kind = ShadowRecipe if "shadow" in data else Recipe
     try:
-        return Recipe.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
-        lines = list(dict.fromkeys(_explain(dict(item)) for item in error.errors()))
+        lines = list(dict.fromkeys(_explain(dict(item), kind) for item in error.errors()))
         raise PruneError(f"{where}: " + "; ".join(lines) + ".", "Correct the recipe; see docs/training.md.") from None
 
 
-def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe | ShadowRecipe:
     """The recipe in a YAML file, with ``a.b=value`` overrides. Raises PruneError."""
     try:
         text = path.read_text(encoding="utf-8")

@@ -26,6 +26,7 @@ from .checkpoints import SaveFailed, check_same, checkpoints, publish, put_aside
 from .gate_export import readme
 from .provenance import git_commit
 from .recipe import NO_GATES, Recipe
+from .shadow.recipe import ShadowRecipe
 from .sharding import is_sharded
 from .text_data import Batches, held_out_windows
 from .text_files import find_files, inspect
@@ -44,7 +45,7 @@ class Outcome:
     signal: int = 0
 
 
-def check_data(recipe: Recipe) -> list[dict[str, Any]]:
+def check_data(recipe: Recipe | ShadowRecipe) -> list[dict[str, Any]]:
     """Hashes and totals of all sources, train then held_out. Raises PruneError at the first fault."""
     found = []
     for kind in ("train", "held_out"):

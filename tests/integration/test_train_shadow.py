@@ -1,0 +1,88 @@
+"""`vllm-prune train` on ShadowLLM's tiny recipe, and its folder served: what the server closes is what the twin closes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from support import engine, generate, recorded
+from vllm_prune_training.command import train_command
+from vllm_prune_training.masked import load_gated
+
+from vllm_prune.errors import PruneError
+from vllm_prune.gates import NEVER
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "examples/recipes/shadow-tiny.yaml"
+
+
+def settings(folder: Path, *more: str) -> list[str]:
+    return [f"output={folder / 'gated'}", "shadow.samples=24", "shadow.epochs=10", "shadow.windows=4", *more]
+
+
+def test_from_a_base_to_a_served_folder(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(ROOT)
+    assert train_command(RECIPE, settings(tmp_path), resume=True) == 0
+    folder = tmp_path / "gated"
+    record = json.loads((folder / "record.json").read_text())
+    assert -1 <= record["predictor"]["spearman"] <= 1 and record["held_out"]["ppl_open"] > 1
+    assert "closed as served" in (folder / "README.md").read_text()
+    with pytest.raises(PruneError, match="is there already"):
+        train_command(RECIPE, settings(tmp_path), resume=True)
+
+    # The traces are used again, whatever is learnt from them; of another run they are refused.
+    other = settings(tmp_path / "other", f"work={tmp_path / 'gated-work'}", "shadow.epochs=12", "shadow.criterion=l2")
+    assert train_command(RECIPE, other, resume=True) == 0
+    assert "are taken from" in capsys.readouterr().out
+    with pytest.raises(PruneError, match=r"of another run: prompt: 96 before, 64 now"):
+        train_command(RECIPE, [*other, f"output={tmp_path / 'third'}", "shadow.prompt=64"], resume=True)
+
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = "float32"  # decisions in bfloat16 may differ where scores lie within rounding
+    (folder / "config.json").write_text(json.dumps(config))
+    ids = load_ids(folder)
+    with engine(folder, max_model_len=256, additional_config={"vllm_prune": {"record": True}}) as llm:
+        outputs = generate(llm, [{"prompt_token_ids": x} for x in (ids[:40], ids[40:140])], tokens=12)
+        for output in outputs:
+            tokens, found = recorded(llm, output)
+            with torch.no_grad():
+                twin = load_gated(folder, torch.float32)(
+                    torch.tensor(tokens), "hard", prompt=len(output.prompt_token_ids)
+                )
+            assert twin.expiry.tolist() == found.tolist() and (found != NEVER).any()
+
+
+def load_ids(folder: Path) -> list[int]:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)((ROOT / "vllm_prune/gates/base.py").read_text())["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("gate.params.width=64", r"params\.width follows from the base"),
+        ("gate.params.closed=2", r"closed must be a share"),
+        ("gate.method=dms", r"Input should be"),
+        ("shadow.samples=10000000", r"field 'shadow\.samples'"),
+        ("shadow.criterion=snip", r"field 'shadow\.criterion'.*'plainact' or 'l2'"),
+        ("shadow.steps=3", r"field 'shadow\.steps' is unknown; allowed here: batch, "),
+        ("shadow.held_out=0.001", r"both sides need 2"),
+        ("shadow.prompt=5000", r"the model has 4096 positions"),
+        ("training.steps=3", r"field 'training' is unknown"),
+        ("model=examples", r"no config\.json"),
+    ],
+)
+def test_wrong_recipes_are_refused(tmp_path: Path, monkeypatch, change: str, said: str) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(PruneError, match=said):
+        train_command(RECIPE, [*settings(tmp_path), change], resume=True)
+    assert not (tmp_path / "gated").exists()
+
+
+def test_an_ordinary_recipe_with_shadow_is_refused(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(PruneError, match="give a section shadow"):
+        train_command(ROOT / "examples/recipes/dms-tiny.yaml", ["gate.method=shadow", "gate.params={}"], resume=True)
