@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from vllm_prune.checkpoint import GENERIC_ARCHITECTURE, add_gates
-from vllm_prune.gates import GATES, DCPGate, DMSGate, Gate, GateShape
+from vllm_prune.gates import GATES, ACCGate, DCPGate, DMSGate, Gate, GateShape, LTPGate
 
 VOCAB = 512
 
@@ -61,6 +61,11 @@ def random_gates(config: Any, method: str, seed: int = 0, **params: Any) -> list
             for weight in gate.parameters():  # a predictor's: what it says must depend on what it reads
                 if weight.ndim == 2:
                     torch.nn.init.normal_(weight, std=3.0 / weight.shape[1] ** 0.5)
+            if isinstance(gate, LTPGate):  # layer 0 would start at 0, and keep all
+                gate.theta.data.fill_(gate.final)
+            elif isinstance(gate, ACCGate):
+                gate.profile.fill_(0.9 - 0.2 * layer)
+                gate.coefficient.fill_(0.6)
             gates.append(gate)
             continue
         if method == "dcp":

@@ -42,8 +42,8 @@ class DropGateConfig(_Strict):
     Attributes:
         format_version: of this section; only 1 exists.
         method: a name in ``vllm_prune.gates.GATES``.
-        params: keyword arguments of the gate class (DCP: rank, beta; DMS: delay, eps; window: window; random: keep,
-            delay, seed).
+        params: keyword arguments of the gate class (DCP: rank, beta; DMS: delay, eps; LTP: span, grid, theta; ACC: grid,
+            sinks, window, least; window: window; random: keep, delay, seed).
         strength: 0 opens every gate, 1 is as trained, larger drops more.
         num_layers, num_kv_heads, hidden_size: of the base the gates were trained on; must match config.json.
         protect: keys no gate may drop.
@@ -272,6 +272,10 @@ def load_gates(path: str, section: DropGateConfig) -> list[dict[str, torch.Tenso
     for name, tensor in tensors.items():
         layer, _, key = name.removeprefix(TENSOR_PREFIX + ".").partition(".")
         layers[int(layer)][key] = tensor
+    for index, state in enumerate(layers):
+        problem = GATES[section.method].state_problem(state)
+        if problem is not None:
+            raise PruneError(f"the gate of layer {index} in {GATE_FILE} is wrong: {problem}.", again)
     return layers
 
 

@@ -181,7 +181,10 @@ def test_section_not_an_object(folder, value, kind):
 
 # Changes to the section (None: field removed), what the message says.
 SECTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "unknown_method": ({"method": "dreams"}, ["drop_gate.method 'dreams' is unknown", "Known methods: dcp, dms"]),
+    "unknown_method": (
+        {"method": "dreams"},
+        ["drop_gate.method 'dreams' is unknown", "Known methods: acc, dcp, dms, ltp"],
+    ),
     "method_of_other_type": ({"method": 7}, ["'drop_gate.method' is invalid"]),
     "no_method": ({"method": None}, ["'drop_gate.method' is invalid"]),
     "unknown_field": ({"colour": "red"}, ["'drop_gate.colour' is invalid", "does not know the field"]),
@@ -207,6 +210,11 @@ SECTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "dms_delay_fraction": ({"method": "dms", "params": {"delay": 2.5}}, ["drop_gate.params.delay must be an integer"]),
     "dms_delay_negative": ({"method": "dms", "params": {"delay": -1}}, ["delay must be >= 0, got -1"]),
     "dms_delay_overflow": ({"method": "dms", "params": {"delay": 2**31 - 1}}, ["drop_gate.params.delay", "2^30"]),
+    "ltp_span_zero": ({"method": "ltp", "params": {"span": 0}}, ["span must be >= 1, got 0"]),
+    "ltp_grid_fraction": ({"method": "ltp", "params": {"grid": 32.5}}, ["drop_gate.params.grid must be an integer"]),
+    "ltp_theta_nan": ({"method": "ltp", "params": {"theta": math.nan}}, ["drop_gate.params.theta must be a finite"]),
+    "acc_grid_too_fine": ({"method": "acc", "params": {"grid": 1}}, ["grid must be between 8 and 1024, got 1"]),
+    "acc_least_above_one": ({"method": "acc", "params": {"least": 2}}, ["least must be a share between 0 and 1"]),
     "strength_negative": ({"strength": -0.1}, ["'drop_gate.strength' is invalid"]),
     "strength_nan": ({"strength": math.nan}, ["'drop_gate.strength' is invalid"]),
     "strength_inf": ({"strength": math.inf}, ["'drop_gate.strength' is invalid"]),
@@ -246,6 +254,16 @@ def test_base_of_other_size_than_its_gates(folder):
     """The other way round: config.json of another base."""
     rewrite(folder, lambda data: data.update(num_hidden_layers=2, layer_types=["full_attention"] * 2))
     refused(folder, "drop_gate.num_layers is 3 but the base model has 2")
+
+
+@pytest.mark.parametrize(("name", "value"), [("profile", 0.0), ("profile", 1.5), ("coefficient", -1.0)])
+def test_numbers_that_are_finite_but_senseless(tmp_path, name, value):
+    folder = save_gated(tmp_path, tiny_config("qwen3"), "acc")
+    configure(folder)
+    tensors = tensors_of(folder)
+    tensors[f"{LAYER}.{name}"] = torch.tensor(value)
+    save_file(tensors, folder / GATE_FILE)
+    refused(folder, f"the gate of layer 1 in {GATE_FILE} is wrong: {name} is {value:g}", "Copy or export")
 
 
 def test_rank_that_no_page_can_hold(tmp_path):
@@ -304,14 +322,18 @@ JSON = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=5), max_leaves=12
 )
 FIELDS = st.sampled_from([*DropGateConfig.model_fields])
-PARAMS = st.dictionaries(st.sampled_from(["rank", "beta", "delay", "eps", "shape", "depth"]), SCALARS, max_size=3)
+PARAMS = st.dictionaries(
+    st.sampled_from(["rank", "beta", "delay", "eps", "shape", "depth", "span", "grid", "theta", "least"]),
+    SCALARS,
+    max_size=3,
+)
 PROTECT = st.dictionaries(st.sampled_from(["sinks", "window", "tail"]), SCALARS, max_size=2)
 SECTION_LIKE = st.one_of(
     JSON,
     st.dictionaries(NAMES, JSON, max_size=8),
     # One or two fields of a valid section spoilt, or its parameters: the deep end, where most checks passed already.
     st.dictionaries(FIELDS, JSON, min_size=1, max_size=2).map(lambda changes: {**VALID, **changes}),
-    st.tuples(st.sampled_from(["dcp", "dms"]), PARAMS, PROTECT).map(
+    st.tuples(st.sampled_from(["dcp", "dms", "ltp", "acc"]), PARAMS, PROTECT).map(
         lambda three: {**VALID, "method": three[0], "params": three[1], "protect": three[2]}
     ),
 )

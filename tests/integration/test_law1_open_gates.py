@@ -25,6 +25,7 @@ from support import (
 FAMILIES = ("qwen3", "llama", "generic")
 SHAPES = [(64, 1), (64, 2), (64, 8), (128, 1), (128, 2), (128, 8)]
 FULL = os.environ.get("VLLM_PRUNE_FULL") == "1"
+BOUNDARY = {"ltp": {"theta": 0.0}, "acc": {"least": 1.0}}
 BATCHES = ([77], [1, 5, 31, 32, 33, 64, 150, 300])
 
 
@@ -44,6 +45,14 @@ def checkpoints(tmp_path_factory):
                            generic=family == "generic"),
                 save_gated(folder / "never", config, "dcp", torch.bfloat16, generic=family == "generic", beta=60.0),
             )  # fmt: skip
+    config, (base, *_) = tiny_config("qwen3", layers=2), made["qwen3", 64, 2]
+    for method, params in BOUNDARY.items():  # what decides from attention has a path of its own
+        folder = tmp_path_factory.mktemp(method)
+        made[method] = (
+            base,
+            save_gated(folder / "zero", config, method, torch.bfloat16, section={"strength": 0.0}),
+            save_gated(folder / "never", config, method, torch.bfloat16, **params),
+        )
     return made
 
 
@@ -78,6 +87,12 @@ def test_strength_zero_eager(checkpoints, family, head_dim, group):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gates_that_never_drop_eager(checkpoints, family):
     compare(checkpoints[family, 64, 2], NEVER)
+
+
+@pytest.mark.parametrize("which", [ZERO, NEVER], ids=["zero", "never"])
+@pytest.mark.parametrize("method", BOUNDARY)
+def test_gates_at_boundaries(checkpoints, method, which):
+    compare(checkpoints[method], which)
 
 
 @pytest.mark.parametrize("head_dim,group", SHAPES if FULL else [(64, 2)])

@@ -1,9 +1,9 @@
 """Law 3: blocks free + owned = pool after every step, and every lane holds exactly what a brute-force model says.
 
 The real manager, block pool, lane store and attention implementation in one process, driven by random histories: admit,
-prefill in chunks, decode, drop (by query, delayed, known at write, none), preempt, abort, finish, with reports on time or
-a step late (as under asynchronous scheduling). Gate features are small integers, so that scores are exact and the model
-cannot disagree by rounding. Free pages are poisoned with NaN: any read of them shows.
+prefill in chunks, decode, drop (by query, delayed, known at write, at boundaries, none), preempt, abort, finish, with
+reports on time or a step late (as under asynchronous scheduling). Gate features are small integers, so that scores are
+exact and the model cannot disagree by rounding. Free pages are poisoned with NaN: any read of them shows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from vllm_prune.attention.state import PruneAttentionMetadata, Rows
 from vllm_prune.cache.lanes import LaneStore
 from vllm_prune.cache.manager import PruneManager
 from vllm_prune.cache.spec import PruneSpec
-from vllm_prune.gates import NEVER, Reveal
+from vllm_prune.gates import NEVER, BoundaryRule, Reveal
+from vllm_prune.gates.boundary import hard_walk
 
 L, H, G, D, N, RANK = 2, 2, 2, 32, 32, 8
 BLOCKS, CHUNK, LONGEST, SINKS, DELAY, WINDOW = 24, 70, 320, 2, 5, 40
@@ -35,6 +36,11 @@ BIASES = np.asarray([2.5, 3.5], np.float32)
 PER_HEAD = ("dcp_kv_head", "dms", "random")
 SALTS, LIMIT = np.asarray([7, 2**31 + 5], np.uint32), 2**31
 """Of random eviction: half of the keys survive."""
+BOUNDARY = {
+    "ltp": BoundaryRule(grid=16, span=10, after=10, sinks=SINKS, threshold=0.9),
+    "acc": BoundaryRule(grid=16, span=0, after=8, sinks=SINKS, keep=0.3),
+}
+"""Decided from real-valued attention: here only chance keeps a score away from its limit by more than rounding."""
 SEEN: Counter = Counter()
 """What the histories of this run went through; checked at the end, so that the machine cannot pass by idling."""
 
@@ -56,6 +62,7 @@ class Model:
     seed: int
     total: int
     covered: int = 0
+    query: list = field(default_factory=list)
     key: list = field(default_factory=list)
     value: list = field(default_factory=list)
     features: list = field(default_factory=list)
@@ -64,7 +71,7 @@ class Model:
 
 class PoolMachine(RuleBasedStateMachine):
     @initialize(
-        method=st.sampled_from(["open", "dcp", "dcp_kv_head", "dms", "window", "random"]),
+        method=st.sampled_from(["open", "dcp", "dcp_kv_head", "dms", "window", "random", *BOUNDARY]),
         late=st.booleans(),
         seed=st.integers(0, 2**16),
     )
@@ -79,13 +86,14 @@ class PoolMachine(RuleBasedStateMachine):
             self.spec, self.pool, enable_caching=False, kv_cache_group_id=0, scheduler_block_size=N
         )
         self.store = LaneStore(self.spec.geometry, 8, LONGEST, BLOCKS, torch.float32, self.units,
-                               self.spec.max_grants(LONGEST))  # fmt: skip
+                               self.spec.max_grants(LONGEST), received=method in BOUNDARY)  # fmt: skip
         cache = torch.full((L, BLOCKS, H, N, 2 * D), float("nan"))
         self.store.bind(list(cache))
         reveal = {"open": None, "dcp": Reveal.BY_QUERY, "dcp_kv_head": Reveal.BY_QUERY, "dms": Reveal.DELAYED}.get(
-            method, Reveal.AT_WRITE
+            method, Reveal.AT_BOUNDARY if method in BOUNDARY else Reveal.AT_WRITE
         )
         rule = {
+            **BOUNDARY,
             "dcp": QueryRule(1.0, BIASES[:1]),
             "dcp_kv_head": QueryRule(1.0, BIASES),
             "dms": DelayRule(0.0, DELAY),
@@ -97,8 +105,8 @@ class PoolMachine(RuleBasedStateMachine):
         for layer in range(L):
             impl = PruneCPUImpl(H * G, D, D**-0.5, H)
             state = SimpleNamespace(store=self.store, serving=serving)
-            impl.attach(state, layer)
             impl.rule = rule
+            impl.attach(state, layer)
             self.impls.append(impl)
         self.state = state
         self.running: dict[str, Model] = {}
@@ -222,11 +230,16 @@ class PoolMachine(RuleBasedStateMachine):
             else:
                 f = np.zeros((L, 0), np.float32)
             parts.append((q, k, v, f))
+            model.query.append(q)
             model.key.append(k)
             model.value.append(v)
             model.features.append(f)
         model.covered += n
-        model.expiry = np.stack([self.expiries(np.stack(model.features)[:, layer]) for layer in range(L)])
+        if self.method in BOUNDARY:  # [layers as a batch, heads, tokens, D]
+            q, k = (torch.from_numpy(np.stack(x)).permute(1, 2, 0, 3) for x in (model.query, model.key))
+            model.expiry = hard_walk(BOUNDARY[self.method], q, k, D**-0.5).numpy()
+        else:
+            model.expiry = np.stack([self.expiries(np.stack(model.features)[:, layer]) for layer in range(L)])
         return tuple(np.stack(x, axis=1) for x in zip(*parts, strict=True))
 
     def expiries(self, f: np.ndarray) -> np.ndarray:

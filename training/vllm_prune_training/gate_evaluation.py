@@ -5,10 +5,13 @@ Dimension letters: B batch, T tokens, L layers, E eviction units of a layer.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
-from .masked import GatedModel, GatedOutput, Mode
+if TYPE_CHECKING:
+    from .masked import GatedModel, GatedOutput, Mode
 
 
 def live_pairs(expiry: torch.Tensor) -> torch.Tensor:

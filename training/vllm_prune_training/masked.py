@@ -23,13 +23,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vllm_prune.config import DropGateConfig, find_gate_file, load_gates, parse_drop_gate
 from vllm_prune.errors import PruneError
-from vllm_prune.gates import NEVER, Gate, Reveal, expiry_mask
+from vllm_prune.gates import NEVER, BoundaryGate, Gate, Reveal, expiry_mask
 from vllm_prune.gates.base import at_least_float32
 from vllm_prune.gates.borrowed import without_borrowed
 from vllm_prune.gates.routing import RoutingGate
 from vllm_prune.gates.shadow import closed_expiry
 
 from . import lean
+from .boundaries import Walk
 from .families import attention_modules
 from .routed import Decide, RoutedLayers, Routes
 
@@ -65,12 +66,13 @@ class GatedOutput:
 @dataclass
 class _LayerCall:
     """What one layer's hook hands to its attention: at most one of a bias [B, E, T, T], a mask [B, E, T, T], a routed
-    attention, and the inputs [B, T, F'] of lean attention, which hands back what it kept. A watched layer hands back its
-    output ``attended``, [B, T, H * G, D]."""
+    attention, the inputs [B, T, F'] of lean attention, which hands back what it kept, and a walk that decides as it
+    attends. A watched layer hands back its output ``attended``, [B, T, H * G, D]."""
 
     bias: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     inputs: torch.Tensor | None = None
+    walk: Walk | None = None
     gate: int = 0
     borrows: bool = False
     rows: int = lean.ROWS
@@ -82,7 +84,7 @@ class _LayerCall:
 
     def clear(self) -> None:
         """Forget the tensors of the last call."""
-        self.bias = self.mask = self.inputs = self.kept = self.attended = self.routed = None
+        self.bias = self.mask = self.inputs = self.kept = self.attended = self.routed = self.walk = None
 
 
 def attend(
@@ -146,11 +148,14 @@ def _attention(
         query = without_borrowed(query.transpose(1, 2), key.shape[1]).transpose(1, 2)
     if call.routed is not None:
         return call.routed(query, key, value, scale), None
-    if call.inputs is not None:
+    if call.inputs is not None or call.walk is not None:
         dtype = value.dtype
         if torch.is_autocast_enabled(query.device.type):
             dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if call.walk is not None:
+        return call.walk.attend(query, key, value, scale), None
+    if call.inputs is not None:
         out, call.kept = lean.lean_attention(query, key, value, call.inputs, call.gate, scale, call.soft, call.rows)
         return out, None
     if call.bias is not None:
@@ -241,6 +246,12 @@ class GatedModel(nn.Module):
     def _gate(self, index: int, x: torch.Tensor) -> None:
         gate, call = self.gates[index], self.calls[index]
         features = self.features(index, x)
+        if isinstance(gate, BoundaryGate):
+            tau = self._soft.get("tau") if self._mode == "soft" else None
+            strength = self._soft.get("strength", 1.0) if self._mode == "soft" else self._strength
+            call.walk = Walk(gate, strength, self.section.protection, tau)
+            self._features.append(features)
+            return
         if self._mode == "hard":
             if self._per_request and index > 0 and self._strength > 0.0:
                 rows = list(self._closed_expiry(index, features.shape[1]))
@@ -294,11 +305,12 @@ class GatedModel(nn.Module):
             position = torch.arange(t, device=stored[0].device)
             out.expiry = torch.stack([torch.where(run > 0, NEVER, position) for run in stored], dim=1)[:, :, None]
 
-    def _kept_by_attention(self) -> list[torch.Tensor]:
-        kept = [call.kept for call in self.calls]
-        if any(x is None for x in kept):
+    def _by_attention(self, name: str) -> list[torch.Tensor]:
+        """``kept`` or ``found`` of every layer's call, where attention decides them."""
+        given = [getattr(call.walk or call, name, None) for call in self.calls]
+        if any(x is None for x in given):
             raise RuntimeError("a layer ran without the attention function of gated models")
-        return kept  # type: ignore[return-value]
+        return given  # type: ignore[return-value]
 
     def forward(
         self,
@@ -351,9 +363,9 @@ class GatedModel(nn.Module):
             if routes is not None:
                 self._routed_output(out, routes)
             elif mode == "soft":
-                out.log_visibility, out.kept = self._found, self._kept or self._kept_by_attention()
+                out.log_visibility, out.kept = self._found, self._kept or self._by_attention("kept")
             elif mode == "hard" and collect:
-                out.expiry = torch.stack(self._found, dim=1)
+                out.expiry = torch.stack(self._found or self._by_attention("found"), dim=1)
         finally:
             if self.routed is not None:
                 self.routed.stop()

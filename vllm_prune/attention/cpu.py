@@ -15,11 +15,13 @@ from vllm import _custom_ops as ops
 from vllm import envs
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
+from vllm_prune.attention.boundary import BoundarySteps
 from vllm_prune.attention.masked import gather_keys, gather_lane, tiled_attention
 from vllm_prune.attention.serving import DelayRule, QueryRule, RequestRule, Rule, WriteRule
 from vllm_prune.attention.some_lanes import LanePlan, SomeLanes, pick_lanes
 from vllm_prune.cache.geometry import cdiv
 from vllm_prune.cache.lane_ops import NEVER, Tokens, check, lib
+from vllm_prune.gates import BoundaryRule
 
 if TYPE_CHECKING:
     from vllm_prune.attention.serving import ServedGate
@@ -66,9 +68,12 @@ class PruneCPUImpl(AttentionImpl):
         self.index = 0
         self.rule: Rule | None = None
         self.router: Router | None = None
+        self.boundaries: BoundarySteps | None = None
 
     def attach(self, state: WorkerState, index: int) -> None:
         self.state, self.index, self.serving = state, index, state.serving
+        if isinstance(self.rule, BoundaryRule):
+            self.boundaries = BoundarySteps(self.rule, index, self.group, self.scale)
 
     def forward(  # type: ignore[override]
         self,
@@ -99,6 +104,8 @@ class PruneCPUImpl(AttentionImpl):
         key, value = _rows(key), _rows(value)
         features = None if features is None else _rows(features)
         tokens = self.tokens.point(key, value, features, m.positions)
+        if self.boundaries is not None:
+            return self._forward_at_boundaries(self.boundaries, store, m, tokens, query, output)
         rule = self.rule if m.positions is None else None  # what a routed layer runs on it keeps
         if m.decodes.count:
             self._decode(store, m.decodes, tokens, rule)
@@ -118,6 +125,21 @@ class PruneCPUImpl(AttentionImpl):
             self.router.observe(self.index, m, query)
         return output
 
+    def _forward_at_boundaries(self, steps: BoundarySteps, store: LaneStore, m: PruneAttentionMetadata, tokens: Tokens,
+                               query: torch.Tensor, output: torch.Tensor) -> torch.Tensor:  # fmt: skip
+        dense = _rows(query)
+
+        def attend(rows: list[tuple[int, int, int]]) -> None:
+            self._attend(store, m, rows, query, output)
+
+        whole = m.decodes.whole
+        if m.decodes.count:
+            steps.decode(store, m.decodes, tokens, dense)
+        for i in range(m.chunks.count):
+            whole = [*whole, steps.chunk(store, m.chunks, i, tokens, dense, attend)]
+        if whole:
+            attend(whole)
+        return output
     def _close(self, store: LaneStore, rows: Rows, gate: ShadowGate, output: torch.Tensor) -> None:
         """Decide for the requests whose prompt ends among these rows, from this layer's attention output."""
         assert isinstance(self.rule, RequestRule)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from vllm_prune.gates import Gate, Protection, expiry_mask
+from vllm_prune.gates import BoundaryGate, Gate, Protection, expiry_mask
+from vllm_prune.gates.boundary import naive_walk
 
 
 def reference_layer(
@@ -38,7 +39,11 @@ def reference_layer(
         visible = torch.ones(1, t, t, dtype=torch.bool).tril()
         expiry = None
     else:
-        expiry = gate.expiry(features, strength, protection or Protection())
+        if isinstance(gate, BoundaryGate):
+            rule = gate.rule(strength, protection or Protection())
+            expiry = naive_walk(rule, query.transpose(0, 1)[None], key.transpose(0, 1)[None], scale)[0]
+        else:
+            expiry = gate.expiry(features, strength, protection or Protection())
         visible = expiry_mask(expiry)
     visible = visible.expand(heads, t, t).repeat_interleave(group, dim=0)
     weights = logits.masked_fill(~visible, float("-inf")).softmax(-1)

@@ -9,7 +9,7 @@ import numpy as np
 
 from vllm_prune.config import DropGateConfig
 from vllm_prune.errors import PruneError
-from vllm_prune.gates import Gate, Reveal, decision_shift
+from vllm_prune.gates import BoundaryGate, BoundaryRule, Gate, Reveal, decision_shift
 from vllm_prune.gates.dcp import DCPGate
 from vllm_prune.gates.dms import DMSGate
 from vllm_prune.gates.random_drop import RandomGate
@@ -104,13 +104,15 @@ class RequestRule:
     strength: float
 
 
-Rule = QueryRule | DelayRule | WriteRule | RequestRule
+Rule = QueryRule | DelayRule | WriteRule | RequestRule | BoundaryRule
 
 
 def rule_of(gate: Gate, section: DropGateConfig) -> Rule:
     """The rule of one layer's loaded gate at the checkpoint's strength."""
     if isinstance(gate, ShadowGate):
         return RequestRule(None if gate.predictor is None else gate, section.strength)
+    if isinstance(gate, BoundaryGate):
+        return gate.rule(section.strength, section.protection)
     shift = decision_shift(section.strength) * gate.unit
     if isinstance(gate, DCPGate):
         biases = gate.beta.float().reshape(-1).numpy() + np.float32(shift)

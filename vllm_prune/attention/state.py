@@ -108,6 +108,7 @@ class WorkerState:
             units=self.serving.num_units,
             max_grants=self.spec.max_grants(self.max_tokens),
             record=self.record,
+            received=self.serving.reveal is Reveal.AT_BOUNDARY,
         )
         self.store.bind(views)
 

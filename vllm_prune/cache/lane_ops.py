@@ -1,4 +1,4 @@
-"""The compiled loops over lanes (``lanes.c``, ``steps.c``, ``request.c``), reached with ctypes. CPU worker only.
+"""The compiled loops over lanes (``lanes.c``, ``steps.c``, ``request.c``, ``boundary.c``), reached with ctypes. CPU worker only.
 
 Compiled when the package is installed. Not numba: its llvmlite, once imported, breaks vLLM's CPU worker start (a second
 engine in one process dies walking ``sys.modules``). Every function raises RuntimeError on a broken account, which is a
@@ -8,7 +8,7 @@ bug: pages are granted for the worst case before a step runs.
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, byref, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, byref, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,8 +19,8 @@ from vllm_prune.cache.geometry import LaneGeometry
 
 NEVER = 2**31 - 1
 
-_ARRAYS = ("kv", "table", "length", "free_pages", "n_free", "page_lane", "page_index", "pos", "exp", "dropped", "closed",
-           "prompt", "events", "n_events")  # fmt: skip
+_ARRAYS = ("kv", "table", "length", "free_pages", "n_free", "page_lane", "page_index", "pos", "exp", "mass", "dropped",
+           "closed", "prompt", "events", "n_events")  # fmt: skip
 _SIZES = ("events_cap", "lanes", "W", "F", "L", "H", "B", "N", "D", "r", "Ng", "per_layer", "units", "elem")
 
 
@@ -55,6 +55,20 @@ class Tokens(ctypes.Structure):
         return self
 
 
+class Boundary(ctypes.Structure):
+    """Mirror of ``Boundary`` in lanes.h: a layer's rule (``gates.boundary.BoundaryRule``) and the queries of a step."""
+
+    _fields_ = [
+        ("query", c_void_p), *((name, c_int64) for name in ("query_stride", "group", "grid", "span", "after", "sinks")),
+        ("threshold", c_double), ("keep", c_double), ("scale", c_float),
+    ]  # fmt: skip
+
+    def point(self, query: torch.Tensor) -> Boundary:
+        """query [T, H * G, D]; rows may be strided, what is inside a row may not."""
+        self.query, self.query_stride = query.data_ptr(), query.stride(0)
+        return self
+
+
 def _load() -> ctypes.CDLL:
     spec = find_spec("vllm_prune.cache._lanes")
     if spec is None or spec.origin is None:
@@ -63,7 +77,7 @@ def _load() -> ctypes.CDLL:
         )
     lib = ctypes.CDLL(spec.origin)
     s, p, n, i, f, t = POINTER(Store), c_void_p, c_int64, c_int32, c_float, POINTER(Tokens)
-    rows = [s, n, n, p, p, p, t]
+    rows, b = [s, n, n, p, p, p, t], POINTER(Boundary)
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "lanes_fill_tables": (None, [s, n, n, p, p, n, p]),
         "lanes_summarize": (None, [s, n, p, p]),
@@ -80,6 +94,10 @@ def _load() -> ctypes.CDLL:
         "request_decode": (c_int, rows),
         "request_chunk_expiry": (None, [s, n, n, i, n, p, n, p]),
         "steps_settle_chunk": (c_int, [s, n, n, i, i, n, n, t, p, n, p]),
+        "boundary_decide": (n, [s, n, n, b, i, p]),
+        "boundary_drop": (c_int, [s, n, n, i, p, n]),
+        "boundary_write": (c_int, [s, n, n, b, i, n, n, t]),
+        "boundary_decode": (c_int, [*rows, b]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(lib, name)
@@ -110,10 +128,11 @@ class Lanes:
         free_width: F, free pages a request can have.
         units: E.
         elem: bytes of a KV number, 2 or 4.
+        received: whether to keep what attention each key received.
     """
 
     def __init__(self, geometry: LaneGeometry, num_blocks: int, max_requests: int, width: int, free_width: int, units: int,
-                 elem: int) -> None:  # fmt: skip
+                 elem: int, received: bool = False) -> None:  # fmt: skip
         g = geometry
         pages = g.num_layers * num_blocks * g.num_kv_heads
         self.table = np.zeros((max_requests, g.num_lanes, width), np.int32)
@@ -124,6 +143,7 @@ class Lanes:
         self.page_index = np.zeros(pages, np.int32)
         self.pos = np.zeros((pages, g.block_tokens), np.int32)
         self.exp = np.zeros((pages, g.block_tokens), np.int32)
+        self.mass = np.zeros((pages, g.block_tokens), np.float64) if received else None
         self.dropped = np.zeros((max_requests, g.num_layers, units), np.int64)
         self.closed = np.zeros((max_requests, g.num_layers, units), np.uint8)
         self.prompt = np.full(max_requests, NEVER, np.int32)
@@ -136,7 +156,8 @@ class Lanes:
         )  # fmt: skip
         self.store = Store(**sizes)
         for name in _ARRAYS[1:]:
-            setattr(self.store, name, getattr(self, name).ctypes.data)
+            array = getattr(self, name)
+            setattr(self.store, name, None if array is None else array.ctypes.data)
         self.ref = byref(self.store)
 
     def bind(self, kv: torch.Tensor) -> None:

@@ -88,6 +88,7 @@ int lanes_drop(const Store *a, int64_t s, int64_t layer, int64_t unit, const int
         const int64_t last = row[length / a->N] * a->N + length % a->N;
         a->pos[at] = a->pos[last];
         a->exp[at] = a->exp[last];
+        if (a->mass) a->mass[at] = a->mass[last];
     }
     EACH_LANE_OF(a, unit, h) {
         const int64_t lane = layer * a->per_layer + h, n = page_tokens(a, h);
@@ -113,6 +114,7 @@ int lanes_append(const Store *a, int64_t s, int64_t layer, int64_t unit, int32_t
             if (h == unit) {
                 a->pos[page * a->N + i % n] = position_in(t, start, first, j);
                 a->exp[page * a->N + i % n] = expiry[j];
+                if (a->mass) a->mass[page * a->N + i % n] = 0.0;
             }
             i++;
         }
@@ -182,6 +184,7 @@ int64_t lanes_pack(const Store *a, int64_t s, const int32_t *kept, int64_t num_k
                 memcpy((char *)a->kv + to * page_size, (char *)a->kv + page * page_size, page_size);
                 memcpy(a->pos + to * a->N, a->pos + page * a->N, sizeof(int32_t) * a->N);
                 memcpy(a->exp + to * a->N, a->exp + page * a->N, sizeof(int32_t) * a->N);
+                if (a->mass) memcpy(a->mass + to * a->N, a->mass + page * a->N, sizeof(double) * a->N);
                 row_of(a, s, lane)[a->page_index[page]] = to;
                 a->page_lane[to] = lane;
                 a->page_index[to] = a->page_index[page];

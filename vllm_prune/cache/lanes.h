@@ -25,6 +25,7 @@ typedef struct {
     int32_t *page_index; /* [P] its place in the owner's table row */
     int32_t *pos;        /* [P, N] position of each slot, for the first lane of each unit */
     int32_t *exp;        /* [P, N] its expiry */
+    double *mass;        /* [P, N] attention it received (boundary.c), NULL where no gate asks */
     int64_t *dropped;    /* [S, L, E] keys dropped so far */
     uint8_t *closed;     /* [S, L, E] lanes that hold nothing from the prompt's end on */
     int32_t *prompt;     /* [S] tokens of the prompt */
@@ -42,6 +43,15 @@ typedef struct {
     const int32_t *positions;
     int64_t key_stride, value_stride, feature_stride, num_features;
 } Tokens;
+
+/* How a layer's gate decides at boundaries, and the queries of the step. See gates/boundary.py. */
+typedef struct {
+    const void *query; /* rows of H * group heads, D numbers each */
+    int64_t query_stride, group;
+    int64_t grid, span, after, sinks;
+    double threshold, keep; /* keep < 0: by threshold */
+    float scale;
+} Boundary;
 
 static inline int32_t *row_of(const Store *a, int64_t s, int64_t lane) { return a->table + (s * a->lanes + lane) * a->W; }
 static inline int32_t *length_of(const Store *a, int64_t s, int64_t lane) { return a->length + s * a->lanes + lane; }

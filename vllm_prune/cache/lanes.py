@@ -45,6 +45,7 @@ class LaneStore:
         units: E, eviction units a layer.
         max_grants: most grants one request's log may list; past that nothing is given back until it ends.
         record: keep every drop as an event (for tests, the eviction map and recorded truth).
+        received: keep what attention each key received (gates that decide at boundaries).
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class LaneStore:
         units: int,
         max_grants: int | None = None,
         record: bool = False,
+        received: bool = False,
     ) -> None:
         self.geometry = g = geometry
         self.num_blocks = num_blocks
@@ -71,6 +73,7 @@ class LaneStore:
         self.lanes = Lanes(
             g, num_blocks, max_requests, width=cdiv(max_tokens, g.block_tokens) + 1,
             free_width=(dense + 2) * g.pages_per_block, units=units, elem=dtype.itemsize,
+            received=received,
         )  # fmt: skip
         self.slots: dict[str, SlotState] = {}
         self.slot_of_block: dict[int, str] = {}

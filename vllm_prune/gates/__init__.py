@@ -1,5 +1,6 @@
 """Drop gates: one file a method, and the contract in ``base``. Torch only."""
 
+from vllm_prune.gates.acc import ACCGate
 from vllm_prune.gates.base import (
     NEVER,
     Gate,
@@ -10,22 +11,30 @@ from vllm_prune.gates.base import (
     decision_shift,
     expiry_mask,
 )
+from vllm_prune.gates.boundary import BoundaryGate, BoundaryRule
 from vllm_prune.gates.dcp import DCPGate
 from vllm_prune.gates.dms import DMSGate
+from vllm_prune.gates.ltp import LTPGate
 from vllm_prune.gates.random_drop import RandomGate
 from vllm_prune.gates.shadow import ShadowGate
 from vllm_prune.gates.window import WindowGate
 
-GATES: dict[str, type[Gate]] = {gate.method: gate for gate in (DCPGate, DMSGate, WindowGate, RandomGate, ShadowGate)}
+GATES: dict[str, type[Gate]] = {
+    gate.method: gate for gate in (DCPGate, DMSGate, LTPGate, ACCGate, WindowGate, RandomGate, ShadowGate)
+}
 """Every method by its name in a checkpoint's ``drop_gate`` section."""
 
 __all__ = [
     "GATES",
     "NEVER",
+    "ACCGate",
+    "BoundaryGate",
+    "BoundaryRule",
     "DCPGate",
     "DMSGate",
     "Gate",
     "GateShape",
+    "LTPGate",
     "Protection",
     "RandomGate",
     "Reveal",

@@ -118,6 +118,11 @@ class Gate(nn.Module, ABC):
         """What of the gate's parameters does not fit a base's Hugging Face config, in a sentence; None when all does."""
         return None
 
+    @classmethod
+    def state_problem(cls, state: dict[str, torch.Tensor]) -> str | None:
+        """Why a layer's tensors, finite and of the right shapes, cannot be served; None when they can."""
+        return None
+
     @abstractmethod
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Features of each token.

@@ -16,7 +16,7 @@ from test_masked import HIDDEN, LAYERS, VOCAB, base
 from vllm_prune_training.masked import GatedModel
 
 from vllm_prune.config import DropGateConfig
-from vllm_prune.gates import GATES, NEVER, Gate, GateShape, Protection, expiry_mask
+from vllm_prune.gates import GATES, NEVER, ACCGate, BoundaryGate, Gate, GateShape, Protection, expiry_mask
 
 SHAPE = GateShape(HIDDEN, 2, LAYERS)
 SAMPLES: dict[str, tuple[str, dict[str, Any], float]] = {
@@ -26,13 +26,19 @@ SAMPLES: dict[str, tuple[str, dict[str, Any], float]] = {
     "dms_borrowed": ("dms", {"delay": 6, "form": "borrowed"}, 0.02),
     "window": ("window", {"window": 9}, 0.0),
     "random": ("random", {"keep": 0.5, "delay": 4}, 0.0),
+    "ltp": ("ltp", {"span": 6, "grid": 8, "theta": 2.0}, 0.0),
+    "acc": ("acc", {"grid": 8, "sinks": 1, "window": 4}, 0.0),
 }
 """Method, parameters, and the spread of random weights that drops some keys and keeps some."""
+
+FEATURED = [name for name, (method, _, _) in SAMPLES.items() if not issubclass(GATES[method], BoundaryGate)]
+"""Gates that decide by features; what decides by attention is in tests/unit/gates/test_boundary_gates.py."""
 
 
 def sharper(method: str, sharpness: float) -> dict[str, float]:
     """Temperatures that approach the hard rule as sharpness grows."""
-    return {"dcp": {"alpha": 1.0 + sharpness}, "dms": {"tau": 1.0 / sharpness}}.get(method, {})
+    tau = {"tau": 1.0 / sharpness}
+    return {"dcp": {"alpha": 1.0 + sharpness}, "dms": tau, "ltp": tau}.get(method, {})
 
 
 def gate_of(name: str, seed: int = 0, layer: int = 0) -> Gate:
@@ -42,6 +48,8 @@ def gate_of(name: str, seed: int = 0, layer: int = 0) -> Gate:
     for p in gate.parameters():
         if p.ndim == 2:
             torch.nn.init.normal_(p, std=std, generator=generator)
+    if isinstance(gate, ACCGate):
+        gate.profile.fill_(0.5)
     return gate
 
 
@@ -58,7 +66,7 @@ def gated(name: str, visibility: Literal["lean", "naive"] = "lean") -> GatedMode
 
 
 names = pytest.mark.parametrize("name", list(SAMPLES))
-sequences = st.tuples(st.sampled_from(list(SAMPLES)), st.integers(0, 1000), st.integers(2, 40))
+sequences = st.tuples(st.sampled_from(FEATURED), st.integers(0, 1000), st.integers(2, 40))
 protections = st.builds(Protection, st.integers(0, 4), st.integers(0, 9))
 
 
@@ -66,7 +74,7 @@ def test_every_method_is_here() -> None:
     assert {method for method, _, _ in SAMPLES.values()} == {name for name, gate in GATES.items() if gate.softens}
 
 
-@names
+@pytest.mark.parametrize("name", FEATURED)
 def test_the_samples_drop_some_and_keep_some(name: str) -> None:
     gate = gate_of(name)
     expiry = gate.expiry(features_of(gate, 40, 1), 1.0, Protection())
