@@ -247,9 +247,8 @@ class GatedModel(nn.Module):
         gate, call = self.gates[index], self.calls[index]
         features = self.features(index, x)
         if isinstance(gate, BoundaryGate):
-            tau = self._soft.get("tau") if self._mode == "soft" else None
-            strength = self._soft.get("strength", 1.0) if self._mode == "soft" else self._strength
-            call.walk = Walk(gate, strength, self.section.protection, tau)
+            soft, strength = (self._soft, 1.0) if self._mode == "soft" else ({}, self._strength)
+            call.walk = Walk(gate, soft.get("strength", strength), self.section.protection, soft.get("tau"))
             self._features.append(features)
             return
         if self._mode == "hard":

@@ -140,6 +140,7 @@ class PruneCPUImpl(AttentionImpl):
         if whole:
             attend(whole)
         return output
+
     def _close(self, store: LaneStore, rows: Rows, gate: ShadowGate, output: torch.Tensor) -> None:
         """Decide for the requests whose prompt ends among these rows, from this layer's attention output."""
         assert isinstance(self.rule, RequestRule)
