@@ -14,7 +14,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from vllm_prune.checkpoint import GENERIC_ARCHITECTURE, add_gates
-from vllm_prune.gates import GATES, ACCGate, DCPGate, DMSGate, Gate, GateShape, LTPGate
+from vllm_prune.gates import GATES, ACCGate, DCPGate, DMSGate, FTPGate, Gate, GateShape, LTPGate
+from vllm_prune.gates.ftp import share_router
 
 VOCAB = 512
 
@@ -55,6 +56,8 @@ def random_gates(config: Any, method: str, seed: int = 0, **params: Any) -> list
     shape = GateShape(config.hidden_size, config.num_key_value_heads, config.num_hidden_layers)
     gates: list[Gate] = []
     gate: Gate
+    if method == "ftp":
+        return ftp_gates(shape, **params)
     for layer in range(shape.num_layers):
         if method not in ("dcp", "dms"):
             gate = GATES[method](shape, **params).at_layer(layer)
@@ -76,6 +79,21 @@ def random_gates(config: Any, method: str, seed: int = 0, **params: Any) -> list
             torch.nn.init.normal_(gate.gate.weight, std=1.0 / shape.hidden_size**0.5)
         gates.append(gate)
     return gates
+
+
+def ftp_gates(shape: GateShape, wanted: float = 0.6, **params: Any) -> list[Gate]:
+    """A random router of large weights, so that every factor matters, and a requirement in every block but the first."""
+    gates = [FTPGate(shape, **params) for _ in range(shape.num_layers)]
+    for weight in gates[0].router.parameters():
+        torch.nn.init.normal_(weight, std=2.0 if weight.ndim == 2 else 0.5)
+    share_router(gates)
+    for gate in gates[1:]:
+        gate.sparsity.fill_(wanted)
+    with torch.no_grad():  # about half of typical facts on either side
+        facts = torch.stack([torch.rand(500) * 200, (torch.randn(500) / 2).exp(), torch.rand(500)], dim=-1)
+        run, skip = gates[0].logits(facts, torch.tensor(wanted)).unbind(-1)
+        gates[0].router[2].bias[0] += (skip - run).median()  # type: ignore[index]
+    return list(gates)
 
 
 def save_gated(

@@ -276,6 +276,10 @@ def load_gates(path: str, section: DropGateConfig) -> list[dict[str, torch.Tenso
         problem = GATES[section.method].state_problem(state)
         if problem is not None:
             raise PruneError(f"the gate of layer {index} in {GATE_FILE} is wrong: {problem}.", again)
+    try:
+        GATES[section.method].check_states(layers)
+    except ValueError as error:
+        raise PruneError(f"{GATE_FILE} holds no gates of method '{section.method}': {error}.", again) from None
     return layers
 
 

@@ -36,6 +36,7 @@ METHODS = {
     "dms": {"delay": 8},
     "window": {"window": 40},
     "random": {"keep": 0.4, "delay": 8, "seed": 3},
+    "ftp": {},
     "shadow": {"query_heads": 4, "width": 256, "hidden": 32, "closed": 0.5},
     "ltp": {"span": 20, "grid": 16, "theta": 0.98},
     "acc": {"grid": 16, "sinks": 2, "window": 8},

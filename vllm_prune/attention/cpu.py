@@ -25,7 +25,7 @@ from vllm_prune.gates import BoundaryRule
 
 if TYPE_CHECKING:
     from vllm_prune.attention.serving import ServedGate
-    from vllm_prune.attention.state import PruneAttentionMetadata, Rows, WorkerState
+    from vllm_prune.attention.state import Passed, PruneAttentionMetadata, Rows, WorkerState
     from vllm_prune.cache.lanes import LaneStore
     from vllm_prune.gates.shadow import ShadowGate
     from vllm_prune.models.routing import Router
@@ -99,6 +99,8 @@ class PruneCPUImpl(AttentionImpl):
         if attn_metadata is None:
             return output
         m = attn_metadata.call or attn_metadata
+        if m.passed is not None:
+            return self._with_passed(attn_metadata, m, query, key, value, output)
         assert self.state is not None and self.state.store is not None
         store = self.state.store
         key, value = _rows(key), _rows(value)
@@ -154,6 +156,37 @@ class PruneCPUImpl(AttentionImpl):
         assert self.state is not None and self.state.store is not None
         store = self.state.store
         check(lib.lanes_skip(store.lanes.ref, self.index, len(slots), slots.ctypes.data, positions.ctypes.data))
+
+    def pass_by(self, slots: np.ndarray, positions: np.ndarray) -> None:
+        """Record tokens that this layer does not run on though their keys are stored. int32 [S] each."""
+        assert self.state is not None and self.state.store is not None
+        self.state.store.record_passed(self.index, slots, positions)
+
+    def store_passed(self, step: PruneAttentionMetadata, passed: Passed) -> None:
+        """A layer that runs on no token at all of the step: keys are stored, nothing attends."""
+        assert self.state is not None and self.state.store is not None
+        tokens = self.tokens.point(_rows(passed.key), _rows(passed.value), None)
+        store = self.state.store
+        if step.decodes.count:
+            self._decode(store, step.decodes, tokens, None)
+        for i in range(step.chunks.count):
+            self._chunk(store, step.chunks, i, passed.key, passed.key, passed.value, tokens, passed.key, None)
+
+    def _with_passed(self, step: PruneAttentionMetadata, call: PruneAttentionMetadata, query: torch.Tensor, key: torch.Tensor,
+                     value: torch.Tensor, output: torch.Tensor) -> torch.Tensor:  # fmt: skip
+        """Attention of a routed call over the keys of the whole step: skipped tokens attend with a query of 0, in vain."""
+        assert call.passed is not None and call.kept is not None
+        kept = torch.from_numpy(call.kept)
+        whole = [x.new_zeros(step.num_actual_tokens, *x.shape[1:]) for x in (query, key, value)]
+        for x, part in zip(whole, (query, key, value), strict=True):
+            x[kept] = part
+        whole[1][call.passed.places] = call.passed.key
+        whole[2][call.passed.places] = call.passed.value
+        out = torch.empty_like(whole[0])
+        step.call = None
+        self.forward(None, whole[0], whole[1], whole[2], whole[0], step, out)
+        output.copy_(out[kept])
+        return output
 
     def lane_keys(self, slot: int) -> list[torch.Tensor]:
         """Keys [S, D] of each KV head of this layer for a request slot, in lane order."""

@@ -45,6 +45,16 @@ class Rows:
 
 
 @dataclass
+class Passed:
+    """Tokens that a layer does not run on but whose keys and values it stores: places in the step int64 [S], key and
+    value [S, H, D]."""
+
+    places: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+@dataclass
 class PruneAttentionMetadata:
     """What the attention op reads in a step. Shared by all layers of the model.
 
@@ -56,6 +66,8 @@ class PruneAttentionMetadata:
         plan: tables of the kernel call, shared by layers that attend to the same rows.
         positions: int32 [T], of the tokens of a routed layer's call, which have holes (``subset.py``); else None.
         kept: int64 [T], a routed call's tokens as indices of the step; else None.
+        parent: the step of a routed call; else None.
+        passed: tokens whose keys a routed layer stores without running on them; else None.
         call: what the layer now running attends for, when that is not the whole step.
         notes: what a router remembers from layer to layer of the step.
     """
@@ -67,6 +79,8 @@ class PruneAttentionMetadata:
     plan: LanePlan | None = None
     positions: np.ndarray | None = None
     kept: np.ndarray | None = None
+    parent: PruneAttentionMetadata | None = None
+    passed: Passed | None = None
     call: PruneAttentionMetadata | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 

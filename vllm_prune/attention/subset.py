@@ -48,7 +48,7 @@ def subset(step: PruneAttentionMetadata, keep: np.ndarray) -> PruneAttentionMeta
     rows = Rows(slots[order], at, tokens[order], own[at])
     single = rows.tokens == 1
     return PruneAttentionMetadata(
-        len(kept), step.state, rows.pick(single), rows.pick(~single), positions=own, kept=kept
+        len(kept), step.state, rows.pick(single), rows.pick(~single), positions=own, kept=kept, parent=step
     )  # fmt: skip
 
 

@@ -70,6 +70,7 @@ class LaneStore:
         self.shrink_limit = (max_grants - dense) if max_grants is not None else None
         self.record = record
         self.events: dict[tuple[str, int], list[np.ndarray]] = {}
+        self.passed: dict[tuple[str, int], list[tuple[int, int]]] = {}
         self.lanes = Lanes(
             g, num_blocks, max_requests, width=cdiv(max_tokens, g.block_tokens) + 1,
             free_width=(dense + 2) * g.pages_per_block, units=units, elem=dtype.itemsize,
@@ -225,6 +226,23 @@ class LaneStore:
         owner = {state.slot: (req_id, state.epoch) for req_id, state in self.slots.items()}
         for slot in np.unique(rows[:, 0]):
             self.events[owner[int(slot)]].append(rows[rows[:, 0] == slot][:, 1:])
+
+    def record_passed(self, layer: int, slots: np.ndarray, positions: np.ndarray) -> None:
+        """Remember which tokens a layer did not run on though their keys are stored (nothing when not recording)."""
+        if not self.record:
+            return
+        owner = {state.slot: (req_id, state.epoch) for req_id, state in self.slots.items()}
+        for slot in np.unique(slots):
+            rows = [(layer, int(position)) for position in positions[slots == slot]]
+            self.passed.setdefault(owner[int(slot)], []).extend(rows)
+
+    def passed_by(self, req_id: str, tokens: int) -> np.ndarray:
+        """Recorded bypasses of a request's last life with stored keys: bool [L, T]."""
+        out = np.zeros((self.geometry.num_layers, tokens), bool)
+        lives = [epoch for recorded, epoch in self.events if recorded == req_id]
+        for layer, position in self.passed.get((req_id, max(lives)), ()):
+            out[layer, position] = True
+        return out
 
     def reserve_events(self, most: int) -> None:
         """Make room for ``most`` drop events in the coming step (nothing when not recording)."""

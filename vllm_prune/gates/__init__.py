@@ -14,13 +14,14 @@ from vllm_prune.gates.base import (
 from vllm_prune.gates.boundary import BoundaryGate, BoundaryRule
 from vllm_prune.gates.dcp import DCPGate
 from vllm_prune.gates.dms import DMSGate
+from vllm_prune.gates.ftp import FTPGate
 from vllm_prune.gates.ltp import LTPGate
 from vllm_prune.gates.random_drop import RandomGate
 from vllm_prune.gates.shadow import ShadowGate
 from vllm_prune.gates.window import WindowGate
 
 GATES: dict[str, type[Gate]] = {
-    gate.method: gate for gate in (DCPGate, DMSGate, LTPGate, ACCGate, WindowGate, RandomGate, ShadowGate)
+    gate.method: gate for gate in (DCPGate, DMSGate, LTPGate, ACCGate, WindowGate, RandomGate, ShadowGate, FTPGate)
 }
 """Every method by its name in a checkpoint's ``drop_gate`` section."""
 
@@ -32,6 +33,7 @@ __all__ = [
     "BoundaryRule",
     "DCPGate",
     "DMSGate",
+    "FTPGate",
     "Gate",
     "GateShape",
     "LTPGate",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -122,6 +123,15 @@ class Gate(nn.Module, ABC):
     def state_problem(cls, state: dict[str, torch.Tensor]) -> str | None:
         """Why a layer's tensors, finite and of the right shapes, cannot be served; None when they can."""
         return None
+
+    @classmethod
+    def check_states(cls, states: Sequence[dict[str, torch.Tensor]]) -> None:
+        """Refuse gate tensors that do not go together: one state dict a layer, names and shapes checked already.
+
+        Raises:
+            ValueError: saying which and why.
+        """
+        return
 
     @abstractmethod
     def forward(self, x: torch.Tensor) -> torch.Tensor:

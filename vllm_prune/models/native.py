@@ -16,9 +16,10 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3ForCausalLM
 
-from vllm_prune.attention.gated import GatedAttention
+from vllm_prune.attention.gated import GatedAttention, section_of
+from vllm_prune.gates.routing import RoutingGate
 from vllm_prune.models.loading import load_gate_weights, without_gates
-from vllm_prune.models.routing import RoutedLayer, Router
+from vllm_prune.models.routing import GateRouter, RoutedLayer, Router
 
 
 class PrunedQwen3Attention(Qwen3Attention):
@@ -26,12 +27,17 @@ class PrunedQwen3Attention(Qwen3Attention):
 
     attn: GatedAttention
 
-    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        qkv, _ = self.qkv_proj(hidden_states)
+    def rotated(self, positions: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value [T, heads * D] of the layer's normed input [T, D_model]."""
+        qkv, _ = self.qkv_proj(x)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         q = self.q_norm(q.view(*q.shape[:-1], -1, self.head_dim)).view(q.shape)
         k = self.k_norm(k.view(*k.shape[:-1], -1, self.head_dim)).view(k.shape)
         q, k = self.rotary_emb(positions, q, k)
+        return q, k, v
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.rotated(positions, hidden_states)
         output, _ = self.o_proj(self.attn(q, k, v, self.attn.features(hidden_states)))
         return output
 
@@ -41,10 +47,15 @@ class PrunedLlamaAttention(LlamaAttention):
 
     attn: GatedAttention
 
-    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        qkv, _ = self.qkv_proj(hidden_states)
+    def rotated(self, positions: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value [T, heads * D] of the layer's normed input [T, D_model]."""
+        qkv, _ = self.qkv_proj(x)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         q, k = self.rotary_emb(positions, q, k)
+        return q, k, v
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.rotated(positions, hidden_states)
         output, _ = self.o_proj(self.attn(q, k, v, self.attn.features(hidden_states)))
         return output
 
@@ -97,7 +108,12 @@ class GatedModelMixin:
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         loaded = super().load_weights(without_gates(weights))  # type: ignore[misc]
-        return loaded | load_gate_weights(self, self._vllm_config)  # type: ignore[arg-type]
+        loaded |= load_gate_weights(self, self._vllm_config)  # type: ignore[arg-type]
+        section = section_of(self._vllm_config)
+        gates = [module.drop_gate for module in self.modules() if isinstance(module, GatedAttention)]  # type: ignore[attr-defined]
+        if isinstance(gates[0], RoutingGate):
+            route_layers(self, GateRouter(gates, section.strength, section.protection))  # type: ignore[arg-type]
+        return loaded
 
 
 class PrunedQwen3ForCausalLM(GatedModelMixin, Qwen3ForCausalLM):

@@ -1,7 +1,9 @@
 """Token routing: a decoder layer runs on a subset of the step's tokens; the others bypass it and its computation.
 
-A skipped token leaves the layer as it came in, x_out = x_in, and has no KV there: expiry = its own position. vLLM keeps
+A skipped token leaves the layer as it came in, x_out = x_in, and has no KV there: its expiry is its own position. vLLM keeps
 the stream in two parts, x = hidden + residual; both are left as they are, so that bypassing rounds nothing.
+
+With ``keeps_kv`` skipped tokens still get a key and a value here, from the stream that passes by.
 
 The number of kept tokens is known at run time only, so methods that route run without torch.compile (``hook.py`` sees to
 it). What a layer runs on it keeps: rules of by-query or delayed gates do not apply to a routed call.
@@ -10,13 +12,18 @@ it). What a layer runs on it keeps: rules of by-query or delayed gates do not ap
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from vllm.forward_context import get_forward_context
 
+from vllm_prune.attention.received import attention_received
+from vllm_prune.attention.state import Passed
 from vllm_prune.attention.subset import subset, token_places
+from vllm_prune.gates import Protection
+from vllm_prune.gates.routing import FACTS, RoutingGate
 
 if TYPE_CHECKING:
     from vllm_prune.attention.cpu import PruneCPUImpl
@@ -29,6 +36,8 @@ class Router(ABC):
     ``step.notes`` is the place for what it remembers from layer to layer of a step; nothing outlives the step unless the
     router keeps it by request. Letters: T tokens of the step, K of a routed call.
     """
+
+    keeps_kv: bool = False
 
     def __init__(self) -> None:
         self.impls: list[PruneCPUImpl] = []
@@ -53,10 +62,68 @@ class Router(ABC):
 
         Args:
             layer: 0 to L - 1.
-            call: the whole step's metadata, or a routed call's (``kept`` are then its tokens' places in the step).
-            query: [T or K, H * G, D], rotated.
+            call: the whole step's metadata, or a routed call's (``kept`` are then its tokens' places in the step). With
+                ``keeps_kv`` always the whole step's.
+            query: [T or K, H * G, D], rotated; 0 for tokens that the layer does not run on.
         """
         return
+
+
+class GateRouter(Router):
+    """Routes by gates that decide from facts (``gates/routing.py``).
+
+    Args:
+        gates: one a layer, loaded.
+        strength, protection: as served.
+    """
+
+    def __init__(self, gates: Sequence[RoutingGate], strength: float, protection: Protection) -> None:
+        super().__init__()
+        self.gates, self.strength, self.protection = gates, strength, protection
+        self.keeps_kv = gates[0].keeps_kv
+        self._always = [gate.always_runs for gate in gates]
+
+    def keep(
+        self, layer: int, step: PruneAttentionMetadata, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> np.ndarray | None:
+        step.notes["ran"] = None
+        if self._always[layer]:
+            return None
+        keep = self.gates[layer].runs_on(self._facts(step), self.strength, self.protection).numpy()
+        step.notes["ran"] = keep
+        return keep  # type: ignore[no-any-return]
+
+    @staticmethod
+    def _facts(step: PruneAttentionMetadata) -> torch.Tensor:
+        """float32 [T, 3], of the last layer that computed each token."""
+        if "facts" not in step.notes:
+            facts = torch.zeros(step.num_actual_tokens, FACTS)
+            facts[:, 0] = torch.from_numpy(token_places(step)[1])
+            step.notes["facts"] = facts
+        return step.notes["facts"]  # type: ignore[no-any-return]
+
+    def observe(self, layer: int, call: PruneAttentionMetadata, query: torch.Tensor) -> None:
+        if layer + 1 == len(self.gates) or self._always[layer + 1]:
+            return  # the next layer runs on everything, and so makes its facts anew
+        step = call.parent or call
+        facts, impl = self._facts(step), self.impls[layer]
+        for rows in (call.decodes, call.chunks):
+            for i in range(rows.count):
+                first, count = int(rows.first[i]), int(rows.tokens[i])
+                keys = impl.lane_keys(int(rows.slots[i]))
+                found = attention_received(query[first : first + count], keys, impl.scale)
+                live = torch.arange(keys[0].shape[0] - count + 1, keys[0].shape[0] + 1).float()
+                at = (
+                    torch.arange(first, first + count)
+                    if call.kept is None
+                    else torch.from_numpy(call.kept[first : first + count])
+                )
+                new = torch.stack([found.own * live, found.rank / live], dim=-1)
+                ran = step.notes["ran"]
+                if ran is not None:
+                    chosen = torch.from_numpy(ran)[at]
+                    at, new = at[chosen], new[chosen]
+                facts[at, 1:] = new
 
 
 class RoutedLayer:
@@ -66,27 +133,39 @@ class RoutedLayer:
     router: Router
     index: int
     self_attn: Any
+    input_layernorm: Any
 
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The layer on the tokens that the router keeps. Arguments and result as vLLM's layers have them."""
         context = get_forward_context().attn_metadata
-        step = context[self.self_attn.attn.layer_name] if isinstance(context, dict) else None
-        keep = None if step is None else self.router.keep(self.index, step, hidden_states, residual)  # type: ignore[arg-type]
+        step: Any = context[self.self_attn.attn.layer_name] if isinstance(context, dict) else None
+        keep = None if step is None else self.router.keep(self.index, step, hidden_states, residual)
         run = super().forward  # type: ignore[misc]
         if keep is None or keep.all():
             return run(positions, hidden_states, residual, **kwargs)  # type: ignore[no-any-return]
         return self._run_on(keep, step, positions, hidden_states, residual, kwargs)
 
-    def _run_on(self, keep: np.ndarray, step: Any, positions: torch.Tensor, hidden: torch.Tensor,
+    def _run_on(self, keep: np.ndarray, step: PruneAttentionMetadata, positions: torch.Tensor, hidden: torch.Tensor,
                 residual: torch.Tensor | None, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        impl = self.self_attn.attn.impl
+        impl: PruneCPUImpl = self.self_attn.attn.impl
         slots, places = token_places(step)
-        impl.skip(slots[~keep], places[~keep])
-        out = (torch.zeros_like(hidden), hidden.clone()) if residual is None else (hidden, residual)
         call = subset(step, keep)
-        if len(call.kept) == 0:  # type: ignore[arg-type]
+        if self.router.keeps_kv:
+            skipped = torch.from_numpy(np.flatnonzero(~keep))
+            key, value = self._pass_by(
+                positions[..., skipped], hidden[skipped], None if residual is None else residual[skipped]
+            )
+            call.passed = Passed(skipped, key, value)
+            impl.pass_by(slots[~keep], places[~keep])
+        else:
+            impl.skip(slots[~keep], places[~keep])
+        out = (torch.zeros_like(hidden), hidden.clone()) if residual is None else (hidden, residual)
+        assert call.kept is not None
+        if len(call.kept) == 0:
+            if call.passed is not None:
+                impl.store_passed(step, call.passed)
             return out
         index = torch.from_numpy(call.kept)
         step.call = call
@@ -99,3 +178,12 @@ class RoutedLayer:
         for whole, part in zip(out, ran, strict=True):
             whole.index_copy_(0, index, part)
         return out
+
+    def _pass_by(
+        self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Key and value [S, H, D] of tokens that the layer does not run on. The tensors given are copies."""
+        normed = self.input_layernorm(hidden) if residual is None else self.input_layernorm(hidden, residual)[0]
+        _, key, value = self.self_attn.rotated(positions, normed)
+        attn = self.self_attn.attn
+        return key.view(-1, attn.num_kv_heads, attn.head_size), value.view(-1, attn.num_kv_heads, attn.head_size)
