@@ -56,7 +56,11 @@ def save_gates(path: Path, gates: Sequence[Gate], section: DropGateConfig) -> No
         section: of the checkpoint; provenance and calibration are left out.
     """
     tensors = {
-        f"{TENSOR_PREFIX}.{layer}.{name}": tensor.detach().to(torch.float32).contiguous().cpu().clone()  # layers may share
+        f"{TENSOR_PREFIX}.{layer}.{name}": tensor.detach()
+        .to(torch.float32)
+        .contiguous()
+        .cpu()
+        .clone()  # layers may share
         for layer, gate in enumerate(gates)
         for name, tensor in gate.state_dict().items()
     }

@@ -7,11 +7,27 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from support import engine, generate, pool_is_whole, prompts, recorded, save_base, save_gated, tiny_config
-from vllm_prune_training.masked import GatedModel
+from safetensors.torch import load_file, save_file
+from support import (
+    engine,
+    ftp_gates,
+    generate,
+    pool_is_whole,
+    prompts,
+    recorded,
+    save_base,
+    save_gated,
+    state_of,
+    tiny_config,
+    token_ids,
+)
+from transformers import AutoConfig
+from vllm_prune_training.masked import GatedModel, load_gated
 
 from vllm_prune.attention.subset import subset, subset_naive, token_places
-from vllm_prune.config import DropGateConfig
+from vllm_prune.checkpoint import add_gates
+from vllm_prune.config import GATE_FILE, DropGateConfig, load_gates, parse_drop_gate
+from vllm_prune.errors import PruneError
 from vllm_prune.gates import NEVER, GateShape
 from vllm_prune.gates.routing import RoutingGate
 
@@ -116,3 +132,95 @@ def test_rows_of_a_subset_equal_the_naive_ones():
                 found.append((at, int(part.slots[i]), own.tolist()))
         assert [(slot, own) for _, slot, own in sorted(found)] == subset_naive(step, keep)
         assert made.kept.tolist() == np.flatnonzero(keep).tolist()
+
+
+@pytest.mark.parametrize("chunk", [16, 0], ids=["chunk16", "whole"])
+def test_kept_kv_of_skipped_tokens(tmp_path, chunk):
+    """FTP with kv: keep. Every key is stored; the layers that the server bypassed are the twin's, and so is the text."""
+    folder = save_gated(tmp_path, tiny_config("qwen3", layers=3), "ftp", kv="keep")
+    options = {"vllm_prune": {"record": True}}
+    twin = load_gated(folder)
+    with engine(folder, long_prefill_token_threshold=chunk, additional_config=options) as llm:
+        for output in generate(llm, prompts([1, 33, 130], seed=8), tokens=24):
+            ids, found = recorded(llm, output)
+            assert (found == NEVER).all()
+            store = state_of(llm).store
+            (req_id,) = {key for key, _ in store.events if key.split("-")[0] == output.request_id.split("-")[0]}
+            with torch.no_grad():
+                out = twin(torch.tensor(ids), "hard")
+            ran = torch.stack(out.runs).numpy() > 0
+            np.testing.assert_array_equal(store.passed_by(req_id, len(ids)), ~ran)
+            said = list(output.outputs[0].token_ids)
+            assert out.logits[-len(said) :].argmax(-1).tolist() == said
+            assert len(ids) < 40 or 0.2 < ran.mean() < 0.9
+        assert pool_is_whole(llm)
+
+
+def test_a_router_that_never_skips_is_stock_vllm(tmp_path):
+    """And so is strength 0, at which no router is there at all."""
+    from vllm_prune.models.native import RoutedQwen3Layer
+
+    config = tiny_config("qwen3", layers=3)
+    stock = save_base(tmp_path / "base", config, torch.bfloat16)
+    save_base(tmp_path / "gated", config, torch.bfloat16)
+    gates = ftp_gates(GateShape(config.hidden_size, config.num_key_value_heads, 3))
+    with torch.no_grad():
+        gates[0].router[2].bias[0] += 1e4
+    add_gates(tmp_path / "gated", gates, {})
+    batch = prompts([1, 31, 64, 150], seed=2)
+    with engine(stock) as llm:
+        want = token_ids(generate(llm, batch))
+    for strength, routed in ((1.0, True), (0.0, False)):
+        with engine(tmp_path / "gated", additional_config={"vllm_prune": {"strength": strength}}) as llm:
+            layers = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model().model.layers
+            assert all(isinstance(layer, RoutedQwen3Layer) == routed for layer in layers)
+            assert token_ids(generate(llm, batch)) == want
+            assert pool_is_whole(llm)
+
+
+def test_no_compilation_and_no_generic_class(tmp_path):
+    from vllm.config import CompilationMode
+    from vllm.engine.arg_utils import EngineArgs
+
+    def configure(folder):
+        args = {
+            "skip_tokenizer_init": True,
+            "max_model_len": 256,
+            "dtype": "float32",
+            "kv_cache_memory_bytes": 16 << 20,
+        }
+        return EngineArgs(str(folder), **args).create_engine_config()
+
+    native = save_gated(tmp_path / "native", tiny_config("qwen3"), "ftp")
+    assert configure(native).compilation_config.mode == CompilationMode.NONE
+    generic = save_gated(tmp_path / "generic", tiny_config("qwen2"), "ftp", generic=True)
+    with pytest.raises(ValueError, match=r"generic class cannot"):
+        configure(generic)
+    window = save_gated(tmp_path / "window", tiny_config("qwen3"), "ftp", section={"protect": {"window": 4}})
+    with pytest.raises(ValueError, match=r"protect\.window is 4"):
+        configure(window)
+
+
+def test_bad_checkpoints(tmp_path):
+    config = tiny_config("qwen3", layers=3)
+    folder = save_gated(tmp_path, config, "ftp")
+    section = parse_drop_gate(AutoConfig.from_pretrained(folder))
+    path = folder / GATE_FILE
+    good = load_file(path)
+    for change, said in (
+        ({"drop_gate.layers.2.router.0.bias": good["drop_gate.layers.2.router.0.bias"] + 1}, "one for all blocks"),
+        ({"drop_gate.layers.1.sparsity": torch.tensor(1.5)}, "no share"),
+        ({"drop_gate.layers.0.sparsity": torch.tensor(0.5)}, "always runs"),
+        ({"drop_gate.layers.1.sparsity": torch.tensor(float("nan"))}, "not finite"),
+        ({"drop_gate.layers.1.sparsity": torch.zeros(2)}, "has shape"),
+    ):
+        save_file({**good, **change}, path)
+        with pytest.raises(PruneError, match=said):
+            load_gates(str(path), section)
+    for params, said in (
+        ({"kv": "drop"}, "'skip' or 'keep'"),
+        ({"form": "prompt"}, "must be 'causal'"),
+        ({"x": 1}, "x"),
+    ):
+        with pytest.raises(PruneError, match=said):
+            section.model_copy(update={"params": params}).build_gate()
