@@ -135,12 +135,12 @@ class TrainedModel(nn.Module):
         """The precision of the recipe."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.training.precision == "bf16")
 
-    def soft(self, ids: torch.Tensor, alpha: torch.Tensor | None, keys: torch.Tensor | None) -> GatedOutput:
-        """A soft-gated forward pass over ids [B, T], at alpha (DCP), with noise for rows ``keys`` (DMS)."""
+    def soft(self, ids: torch.Tensor, now: torch.Tensor, keys: torch.Tensor | None) -> GatedOutput:
+        """A soft-gated forward pass over ids [B, T], with the knobs of the moment, and noise for rows ``keys`` (DMS)."""
         knobs: dict[str, Any] = {}
         perturb: Perturb | None = None
         if self.method == "dcp":
-            knobs.update(alpha=alpha, leak=self.recipe.objective.leak)
+            knobs.update(alpha=now[0], leak=now[3])
         elif self.method == "dms":
             knobs["tau"] = self.recipe.objective.tau
             if keys is not None:
@@ -168,7 +168,7 @@ class TrainedModel(nn.Module):
             loss_weight: float32 [B, T], of predicting that token.
             weight_total: float32 [B], the sum of weights of the whole step, over all its rows.
             row_key: int64 [B], numbers of the rows in the run.
-            knobs: float32 [3]: alpha, gamma, target of the closed fraction; what a method has not is not read.
+            knobs: float32 [4]: alpha, gamma, target of the closed fraction, leak; what a method has not is not read.
             measure: mode of an evaluation; the weights and keys are not read then.
 
         Returns:
@@ -184,7 +184,7 @@ class TrainedModel(nn.Module):
             if self.method == "none":
                 logits = self.dense(input_ids)
             else:
-                out = self.soft(input_ids, knobs[0], row_key)
+                out = self.soft(input_ids, knobs, row_key)
                 logits = out.logits
         taught = None
         if self.teacher is not None:
@@ -226,7 +226,7 @@ class TrainedModel(nn.Module):
             if self.method == "none":
                 logits = self.dense(ids)
             else:
-                out = self.soft(ids, knobs[0], None) if mode == "soft" and knobs is not None else self.gated(ids, mode)
+                out = self.soft(ids, knobs, None) if mode == "soft" and knobs is not None else self.gated(ids, mode)
                 logits = out.logits
         result = {"nll": token_losses(logits, ids, None, {})["next_token"].sum()}
         if mode == "soft" and out is not None:

@@ -156,7 +156,8 @@ class Objective(Part):
         closed: DMS: the closed fraction, ramping linearly.
         ramp: share of the run after which the target stays.
         alpha: DCP's schedule.
-        leak: DCP (ours): gradient of log p where p is exactly 1, so that keys kept beyond doubt can still be let go.
+        leak: DCP (ours): gradient of log p where p is exactly 1, so that keys kept beyond doubt can still be let go; it
+            falls to 0 while alpha rises.
         tau: DMS's temperature.
         budget_weight: DMS's weight of max(target - closed, 0).
         answer_weight: weight of a task's answer tokens in the losses; other tokens have 1.

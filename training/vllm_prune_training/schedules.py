@@ -25,6 +25,12 @@ def alpha_at(alpha: Alpha, progress: float, beta: float) -> float:
     return max(LEAST_ALPHA, value)
 
 
+def leak_at(objective: Objective, progress: float) -> float:
+    """DCP's leak: falls to 0 while alpha rises, so that scores leave the band again before the mask is hard."""
+    low, high = objective.alpha.span
+    return objective.leak * (1.0 - min(1.0, max(0.0, (progress - low) / (high - low))))
+
+
 def keep_at(objective: Objective, progress: float) -> float:
     """DCP's target of the kept fraction: linear from 1 to ``keep``."""
     assert objective.keep is not None

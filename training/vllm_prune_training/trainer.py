@@ -32,7 +32,7 @@ from .checkpoints import UNFINISHED, SaveFailed, forget_old, publish, read_run, 
 from .objectives import TrainedModel
 from .optimizers import make_optimizer, make_scheduler
 from .recipe import Recipe
-from .schedules import GammaController, alpha_at, closed_at, keep_at
+from .schedules import GammaController, alpha_at, closed_at, keep_at, leak_at
 from .sharding import ShardedTrainer
 from .text_data import Batches
 
@@ -156,11 +156,12 @@ class GateTrainer(ShardedTrainer):
         return float(self.state.global_step / self.recipe.training.steps)
 
     def knobs(self, progress: float) -> torch.Tensor:
-        """alpha, gamma and the target of the closed fraction: float32 [3]."""
+        """alpha, gamma, the target of the closed fraction and the leak: float32 [4]."""
         objective, method = self.recipe.objective, self.recipe.gate.method
         alpha = alpha_at(objective.alpha, progress, self.beta) if method == "dcp" else 0.0
         closed = closed_at(objective, progress) if method == "dms" else 0.0
-        return torch.tensor([alpha, self.controller.gamma, closed], device=self.args.device)
+        leak = leak_at(objective, progress) if method == "dcp" else 0.0
+        return torch.tensor([alpha, self.controller.gamma, closed, leak], device=self.args.device)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any

@@ -94,7 +94,7 @@ def sigma_alpha(s: torch.Tensor, alpha: Alpha) -> torch.Tensor:
 
 class _LogSigmaAlpha(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, s: torch.Tensor, alpha: Alpha, leak: float) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, s: torch.Tensor, alpha: Alpha, leak: Alpha) -> torch.Tensor:  # type: ignore[override]
         inside = s.abs() * (alpha - 1.0) < 1.0
         if _is_near_one(alpha):
             z, dz = _solve_near_one(s, float(alpha))
@@ -113,7 +113,7 @@ class _LogSigmaAlpha(torch.autograd.Function):
         return grads[0] * slope, None, None
 
 
-def log_sigma_alpha(s: torch.Tensor, alpha: Alpha, leak: float = 0.0) -> torch.Tensor:
+def log_sigma_alpha(s: torch.Tensor, alpha: Alpha, leak: Alpha = 0.0) -> torch.Tensor:
     """log sigma_alpha(s), clamped at LOG_P_FLOOR, differentiable in s. Same shape; float32 or float64.
 
     ``leak`` (ours) is handed on as d log p / ds where p is exactly 1, instead of 0: without it a key whose scores have

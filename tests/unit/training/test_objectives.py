@@ -17,7 +17,7 @@ from vllm_prune_training.build import gate_section, make_gates
 from vllm_prune_training.masked import GatedModel, past_mean
 from vllm_prune_training.objectives import TrainedModel, logistic_noise, row_noise, square_mean, token_losses
 from vllm_prune_training.recipe import Alpha, Objective, Recipe, Training
-from vllm_prune_training.schedules import GammaController, alpha_at, closed_at, keep_at, rate_at
+from vllm_prune_training.schedules import GammaController, alpha_at, closed_at, keep_at, leak_at, rate_at
 
 CONFIG = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
           "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
@@ -73,7 +73,7 @@ def test_token_losses_are_the_library_s(monkeypatch: pytest.MonkeyPatch, chunk: 
 
 def test_dcp_s_loss_is_weighted_text_and_gamma_times_the_past_pairs(tmp_path: Path) -> None:
     model = trained(tmp_path, "dcp", {"gamma": 0.7}, params={"rank": 4, "beta": 1.0})
-    batch, knobs = rows(weighted=True), torch.tensor([1.7, 0.7, 0.0])
+    batch, knobs = rows(weighted=True), torch.tensor([1.7, 0.7, 0.0, 0.0])
     out = model(**batch, knobs=knobs)
     naive = model.gated
     naive.visibility = "naive"
@@ -94,7 +94,7 @@ def test_rows_of_a_step_add_up(tmp_path: Path) -> None:
                     params={"delay": 4})  # fmt: skip
     for gate in model.gated.gates:
         torch.nn.init.normal_(gate.gate.weight, std=0.02)
-    batch, knobs = rows(4, weighted=True), torch.tensor([0.0, 0.0, 0.5])
+    batch, knobs = rows(4, weighted=True), torch.tensor([0.0, 0.0, 0.5, 0.0])
     whole = model(**batch, knobs=knobs)
     parts = [model(**{k: v[i : i + 2] for k, v in batch.items()}, knobs=knobs) for i in (0, 2)]
     torch.testing.assert_close(whole["text_loss"], parts[0]["text_loss"] + parts[1]["text_loss"])
@@ -130,7 +130,7 @@ def test_measuring_is_plain_perplexity(tmp_path: Path) -> None:
                   for n in range(j + 1, t))  # fmt: skip
     assert 0.05 < float(out["kept"]) < 0.95
     assert float(out["kept"]) == pytest.approx(visible / (hard.shape[0] * hard.shape[1] * t * (t - 1) / 2))
-    limit = model(input_ids=ids, measure="soft", knobs=torch.tensor([1e6, 0.0, 0.0]))
+    limit = model(input_ids=ids, measure="soft", knobs=torch.tensor([1e6, 0.0, 0.0, 0.0]))
     torch.testing.assert_close(limit["nll"], out["nll"], rtol=1e-4, atol=1e-3)
     assert float(limit["kept"]) == pytest.approx(float(out["kept"]), abs=1e-4)
 
@@ -140,7 +140,7 @@ def test_dcp_learns_to_drop(tmp_path: Path) -> None:
     optimizer = torch.optim.Adam(model.gated.gates.parameters(), 0.1)
     kept = []
     for _ in range(15):
-        out = model(**rows(), knobs=torch.tensor([1.2, 3.0, 0.0]))
+        out = model(**rows(), knobs=torch.tensor([1.2, 3.0, 0.0, 0.0]))
         optimizer.zero_grad()
         (out["text_loss"] + out["budget"]).backward()
         optimizer.step()
@@ -154,7 +154,7 @@ def test_dms_starts_at_the_teacher_and_reaches_its_target(tmp_path: Path) -> Non
     for step in range(80):
         batch = rows()
         batch["row_key"] += 2 * step
-        out = model(**batch, knobs=torch.tensor([0.0, 0.0, 0.5]))
+        out = model(**batch, knobs=torch.tensor([0.0, 0.0, 0.5, 0.0]))
         if step == 0:
             assert out["kl_forward"] < 1e-2 and out["closed"] < 0.1
         optimizer.zero_grad()
@@ -183,6 +183,8 @@ def test_targets() -> None:
     assert [closed_at(dms, p) for p in (0.0, 0.25, 0.5, 1.0)] == pytest.approx([0.0, 1 - 1 / 4.5, 7 / 8, 7 / 8])
     assert closed_at(Objective(closed=0.6, ramp=1.0), 0.5) == pytest.approx(0.3)
     assert keep_at(Objective(keep=0.2, ramp=0.5), 0.25) == pytest.approx(0.6)
+    leaky = Objective(keep=0.2, leak=0.04, alpha=Alpha.model_validate({"schedule": "band", "from": 0.2, "until": 0.6}))
+    assert [leak_at(leaky, at) for at in (0.0, 0.2, 0.4, 0.6, 1.0)] == pytest.approx([0.04, 0.04, 0.02, 0.0, 0.0])
 
 
 def test_the_controller_follows_the_target_and_fixed_gamma_stays() -> None:
