@@ -241,7 +241,8 @@ def load_gates(path: str, section: DropGateConfig) -> list[dict[str, torch.Tenso
         One state dict a layer, L of them.
 
     Raises:
-        PruneError: the file is truncated or no safetensors, a tensor is missing, unknown, of a wrong shape, or not finite.
+        PruneError: the file is truncated or no safetensors, a tensor is missing, unknown, of a wrong shape, or not finite,
+            or the tensors make no sense to the method.
     """
     with torch.device("meta"):
         wanted = {

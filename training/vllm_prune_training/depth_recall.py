@@ -111,8 +111,10 @@ def measure_recall(
                 bins = [min(BINS - 1, int(depth * BINS)) for depth in probe.depths]
                 for at in bins:
                     row.asked[at] += 1
+                # Prompt gates: everything before the first answer is the prompt.
+                prompt = min((answer[0] for answer in probe.answers), default=len(probe.ids))
                 for mode, right in row.right.items():
-                    best = gated(probe.ids, mode, collect=False).logits.argmax(-1)
+                    best = gated(probe.ids, mode, collect=False, prompt=prompt).logits.argmax(-1)
                     for at, answer in zip(bins, probe.answers, strict=True):
                         right[at] += all(best[i - 1] == probe.ids[i] for i in answer)
             if any(row.asked):  # a length can be too small for a task

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ from vllm_prune.gates.shadow import closed_expiry
 from . import lean
 from .boundaries import Walk
 from .families import attention_modules
+from .prompt_pass import PromptPass, start_prompts
 from .routed import Decide, RoutedLayers, Routes
 
 ATTENTION = "vllm_prune_masked"
@@ -49,9 +51,11 @@ class GatedOutput:
         hidden: [B, T, D_model], output of the final norm.
         features: [B, T, F] a layer, as scored (soft and hard mode).
         log_visibility: float32 [B, E, T, T] a layer (soft mode, naive visibility, where collected).
-        kept: float32 scalar a layer (soft mode): mean visibility over past pairs, j < n only.
+        kept: float32 scalar a layer (soft mode): mean visibility over past pairs, j < n only. Of whole prompts, soft and
+            hard: mean survival of the prompts' tokens.
         expiry: int64 [B, L, E, T], or [L, E, T] for unbatched input (hard mode).
         runs: float32 [B, T] a layer (routing gates): 1 where the layer ran on the token, else 0.
+        prompts: the state after the pass of gates that decide about whole prompts.
     """
 
     logits: torch.Tensor
@@ -61,6 +65,7 @@ class GatedOutput:
     kept: list[torch.Tensor] = field(default_factory=list)
     expiry: torch.Tensor | None = None
     runs: list[torch.Tensor] = field(default_factory=list)
+    prompts: PromptPass | None = None
 
 
 @dataclass
@@ -212,6 +217,7 @@ class GatedModel(nn.Module):
         self._features: list[torch.Tensor] = []
         self._found: list[torch.Tensor] = []
         self._kept: list[torch.Tensor] = []
+        self._prompts: PromptPass | None = None
         self._collect = True
         model.set_attn_implementation(ATTENTION)
         self.routed: RoutedLayers | None = None
@@ -245,6 +251,9 @@ class GatedModel(nn.Module):
 
     def _gate(self, index: int, x: torch.Tensor) -> None:
         gate, call = self.gates[index], self.calls[index]
+        if self._prompts is not None:
+            call.routed = partial(self._prompts.attend, index, masked=attend_masked)
+            return
         features = self.features(index, x)
         if isinstance(gate, BoundaryGate):
             soft, strength = (self._soft, 1.0) if self._mode == "soft" else ({}, self._strength)
@@ -317,7 +326,7 @@ class GatedModel(nn.Module):
         mode: Mode = "hard",
         *,
         strength: float | None = None,
-        prompt: int | None = None,
+        prompt: int | torch.Tensor | None = None,
         perturb: Perturb | None = None,
         collect: bool = True,
         body: Callable[..., Any] | None = None,
@@ -330,7 +339,9 @@ class GatedModel(nn.Module):
             input_ids: int64 [B, T] or [T].
             mode: soft bias, hard expiry mask, or open (the base model).
             strength: replaces the section's in hard mode.
-            prompt: P, tokens of each row's prompt: needed in hard mode by gates that decide at its end.
+            prompt: P, tokens of each row's prompt: needed in hard mode by gates that decide at its end, and in soft mode
+                too by those that decide about whole prompts, which also take int64 [B]; their logits before position
+                P - 1 mean nothing.
             perturb: applied to the features in soft mode (noise).
             collect: whether to return log visibility (large; naive only) or expiries.
             body: replaces the decoder's forward (a compiled one).
@@ -340,18 +351,23 @@ class GatedModel(nn.Module):
         Raises:
             PruneError: gates that decide at the prompt's end are not told where it is, or have no soft form.
         """
-        if self._per_request and mode == "hard" and (prompt is None or prompt < 1):
+        if self._per_request and mode == "hard" and (not isinstance(prompt, int) or prompt < 1):
             raise PruneError(
                 f"gates of method '{self.section.method}' decide at the prompt's end, which is not given (prompt={prompt}).",
                 "This measurement knows texts without prompts; see docs/methods.md for the method's own.",
             )
         if mode == "soft" and not self.gates[0].softens:
             raise PruneError(f"gates of method '{self.section.method}' have no soft form.", "Use mode hard.")
-        self._prompt = prompt
+        self._prompt = prompt if isinstance(prompt, int) else None
         self._mode, self._soft, self._perturb = mode, soft, perturb
         self._strength = self.section.strength if strength is None else strength
         self._features, self._found, self._kept, self._collect = [], [], [], collect
         batch = input_ids if input_ids.ndim == 2 else input_ids[None]
+        lean_again = self.visibility == "lean" and torch.is_grad_enabled()
+        self._prompts = None
+        if mode != "open":
+            self._prompts = start_prompts(list(self.gates), batch, prompt, mode, self._strength,
+                                          self.section.protection, soft, lean_again)  # fmt: skip
         routes: Routes | None = None
         if self.routed is not None and mode != "open":
             routes = self.routed.start(batch, decide or self._decide)
@@ -361,6 +377,9 @@ class GatedModel(nn.Module):
             out = GatedOutput(self.model.get_output_embeddings()(hidden), hidden, self._features)
             if routes is not None:
                 self._routed_output(out, routes)
+            elif self._prompts is not None:
+                out.prompts, out.kept = self._prompts, self._prompts.kept
+                out.expiry = torch.stack(self._prompts.expiry, dim=1) if mode == "hard" and collect else None
             elif mode == "soft":
                 out.log_visibility, out.kept = self._found, self._kept or self._by_attention("kept")
             elif mode == "hard" and collect:
@@ -371,6 +390,7 @@ class GatedModel(nn.Module):
             for call in self.calls:
                 call.clear()
             self._features, self._found, self._kept = [], [], []
+            self._prompts = None
             self._mode = "open"
         if input_ids.ndim == 1:
             out.logits = out.logits[0]

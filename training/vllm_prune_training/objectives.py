@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .masked import GatedModel, GatedOutput, Mode, Perturb
+from .prompt_recipe import PROMPT_METHODS
 from .recipe import Recipe
 
 ROWS = 4096
@@ -135,10 +136,22 @@ class TrainedModel(nn.Module):
         """The precision of the recipe."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.training.precision == "bf16")
 
-    def soft(self, ids: torch.Tensor, now: torch.Tensor, keys: torch.Tensor | None) -> GatedOutput:
-        """A soft-gated forward pass over ids [B, T], with the knobs of the moment, and noise for rows ``keys`` (DMS)."""
+    def soft(
+        self,
+        ids: torch.Tensor,
+        now: torch.Tensor,
+        keys: torch.Tensor | None,
+        prompt: int | torch.Tensor | None = None,
+    ) -> GatedOutput:
+        """A gated forward pass over ids [B, T] as it is trained, with the knobs of the moment: soft, with noise for rows
+        ``keys`` (DMS), or under prompt gates in the stage that the first knob says (see ``forward``)."""
         knobs: dict[str, Any] = {}
         perturb: Perturb | None = None
+        if self.method == "acc_prompt":
+            return self.gated(ids, "hard", strength=float(now[0]), collect=False, prompt=prompt)  # type: ignore[no-any-return]
+        if self.method == "ltp_prompt":
+            mode: Mode = "soft" if float(now[0]) == 0.0 else "hard"
+            return self.gated(ids, mode, collect=False, prompt=prompt, tau=self.recipe.objective.tau)  # type: ignore[no-any-return]
         if self.method == "dcp":
             knobs.update(alpha=now[0], leak=now[3])
         elif self.method == "dms":
@@ -160,6 +173,7 @@ class TrainedModel(nn.Module):
         row_key: torch.Tensor | None = None,
         knobs: torch.Tensor | None = None,
         measure: Mode | None = None,
+        prompt: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """The loss of some rows of a step, or with ``measure`` the sum of the held-out losses (``measured``).
 
@@ -168,8 +182,10 @@ class TrainedModel(nn.Module):
             loss_weight: float32 [B, T], of predicting that token.
             weight_total: float32 [B], the sum of weights of the whole step, over all its rows.
             row_key: int64 [B], numbers of the rows in the run.
-            knobs: float32 [4]: alpha, gamma, target of the closed fraction, leak; what a method has not is not read.
+            knobs: float32 [4]: alpha, gamma, target of the closed fraction, leak; what a method has not is not read. Prompt
+                gates have for alpha: LTP 1 in the hard stage and 0 before, ACC-style the strength of the step.
             measure: mode of an evaluation; the weights and keys are not read then.
+            prompt: int64 [B], where prompts end (prompt gates).
 
         Returns:
             ``text_loss``: the losses' share of the step's weighted mean (sums over rows add up to the mean);
@@ -184,7 +200,7 @@ class TrainedModel(nn.Module):
             if self.method == "none":
                 logits = self.dense(input_ids)
             else:
-                out = self.soft(input_ids, knobs, row_key)
+                out = self.soft(input_ids, knobs, row_key, prompt)
                 logits = out.logits
         taught = None
         if self.teacher is not None:
@@ -202,6 +218,9 @@ class TrainedModel(nn.Module):
             if self.method == "dcp":
                 budget = knobs[1] * kept
                 result["square_mean"] = square_mean(kept.detach(), input_ids.shape[1])
+            elif self.method == "ltp_prompt":
+                if kept.requires_grad:  # thresholds stay in the hard stage
+                    budget = knobs[1] * kept
             elif self.method == "dms":
                 closed = self.closed_fraction(out.features)
                 budget = self.recipe.objective.budget_weight * (knobs[2] - closed).clamp_min(0.0).mean()
@@ -217,25 +236,38 @@ class TrainedModel(nn.Module):
 
     @torch.no_grad()
     def measured(self, ids: torch.Tensor, mode: Mode, knobs: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """Sum of the next-token losses of ids [B, T] (``nll``) and, gated, the mean share of past pairs kept (``kept``).
+        """Sum of the next-token losses of ids [B, T] (``nll``) over ``tokens`` tokens and, gated, the mean share of past
+        pairs kept (``kept``).
 
-        Soft mode is at the temperature of the moment and without noise.
+        Soft mode is at the temperature of the moment and without noise. With prompt gates the first half of the tokens is
+        the prompt: losses are those of the second half in every mode, and kept is the share of (prompt token, layer) pairs.
         """
+        prompt = max(1, ids.shape[1] // 2) if self.method in PROMPT_METHODS else 1
+        told: dict[str, Any] = {"prompt": prompt} if self.method in PROMPT_METHODS else {}
         with self.autocast(ids.device):
             out: Any = None
             if self.method == "none":
                 logits = self.dense(ids)
             else:
-                out = self.soft(ids, knobs, None) if mode == "soft" and knobs is not None else self.gated(ids, mode)
+                out = (
+                    self.soft(ids, knobs, None)
+                    if mode == "soft" and knobs is not None and not told
+                    else self.gated(ids, mode, **told, **self.at(mode))
+                )
                 logits = out.logits
-        result = {"nll": token_losses(logits, ids, None, {})["next_token"].sum()}
-        if mode == "soft" and out is not None:
+        losses = token_losses(logits, ids, None, {})["next_token"][:, prompt - 1 :]
+        result = {"nll": losses.sum(), "tokens": torch.tensor(float(losses.numel()), device=ids.device)}
+        if (told and mode != "open") or (mode == "soft" and out is not None):
             result["kept"] = torch.stack(out.kept).float().mean()
         elif mode == "hard" and out is not None:
             t = ids.shape[1]
             past = out.expiry.clamp(max=t) - torch.arange(t, device=ids.device) - 1
             result["kept"] = past.clamp_min(0).sum(-1).double().mean().float() / (t * (t - 1) / 2)
         return result
+
+    def at(self, mode: Mode) -> dict[str, float]:
+        """LTP's temperature in soft mode."""
+        return {"tau": self.recipe.objective.tau} if mode == "soft" and self.method == "ltp_prompt" else {}
 
     def closed_fraction(self, features: list[torch.Tensor]) -> torch.Tensor:
         """Closed fraction of each sequence [B] of noisy logits [B, T, H] a layer: hard forward, sigmoid backward."""

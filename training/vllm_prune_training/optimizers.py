@@ -18,8 +18,10 @@ GATE_BETAS = (0.9, 0.98)
 
 
 def gate_groups(gates: nn.Module, training: Training) -> list[dict[str, Any]]:
-    """Groups of the gates' trainable parameters: matrices and vectors, then scalars (DCP's beta, one or per head)."""
-    scalars = [p for name, p in gates.named_parameters() if p.requires_grad and name.endswith("beta")]
+    """Groups of the gates' trainable parameters: matrices and vectors, then scalars (DCP's beta, one or per head, and LTP's
+    thresholds)."""
+    named = [(name, p) for name, p in gates.named_parameters() if p.requires_grad]
+    scalars = [p for name, p in named if name.endswith(("beta", "theta"))]
     known = {id(p) for p in scalars}
     rest = [p for p in gates.parameters() if p.requires_grad and id(p) not in known]
     groups = [{"params": rest, "lr": training.gate_lr}, {"params": scalars, "lr": training.bias_lr}]

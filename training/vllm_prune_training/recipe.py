@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vllm_prune.gates import GATES
 
+from .prompt_recipe import PROMPT_METHODS, Prompts, check_prompts
+
 NO_GATES = "none"
 Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -94,7 +96,7 @@ class GateRecipe(Part):
         if self.method in ("dcp", "dms") and self.protect != Protect():
             raise ValueError(f"protect cannot be trained with {self.method}, whose soft mask knows of no protection; "
                              "set drop_gate.protect in the exported config.json instead")  # fmt: skip
-        if not self.train_base and self.method not in ("dcp", "dms"):
+        if not self.train_base and self.method not in ("dcp", "dms", "ltp_prompt"):
             raise ValueError(f"train_base false leaves nothing to train with method {self.method}")
         return self
 
@@ -136,8 +138,13 @@ class Alpha(Part):
         return (low if self.since is None else self.since, high if self.until is None else self.until)
 
 
-OF_METHOD = {"dcp": ("gamma", "keep", "alpha", "leak"), "dms": ("compression", "closed", "tau", "budget_weight")}
-"""Fields of ``Objective`` that mean something for one method only."""
+OF_METHOD: dict[str, tuple[str, ...]] = {
+    "dcp": ("gamma", "keep", "alpha", "leak"),
+    "dms": ("compression", "closed", "tau", "budget_weight"),
+    "ltp_prompt": ("gamma", "keep", "tau"),
+    "acc_prompt": ("keep",),
+}
+"""Fields of ``Objective`` that mean something for some methods only."""
 
 
 class Objective(Part):
@@ -151,14 +158,15 @@ class Objective(Part):
         kl_reverse: weight of KL(student || teacher).
         gamma: DCP, as published: a constant strength. It multiplies the mean visibility of past pairs only, so it counts
             about twice the paper's, whose mean includes the constant half of the square.
-        keep: DCP: the share of past pairs to keep; gamma follows it through a controller.
+        keep: DCP: the share of past pairs to keep; gamma follows it through a controller. LTP's prompt form: likewise of
+            (prompt token, layer) pairs. ACC-style: the budget for which the coefficient is solved, see ``Prompts``.
         compression: DMS, as published: the compression ratio; its closed fraction is 1 - 1/CR, CR ramping linearly.
         closed: DMS: the closed fraction, ramping linearly.
         ramp: share of the run after which the target stays.
         alpha: DCP's schedule.
         leak: DCP (ours): gradient of log p where p is exactly 1, so that keys kept beyond doubt can still be let go; it
             falls to 0 while alpha rises.
-        tau: DMS's temperature.
+        tau: DMS's temperature, in units of its logit; LTP's, in units of a uniform share of attention.
         budget_weight: DMS's weight of max(target - closed, 0).
         answer_weight: weight of a task's answer tokens in the losses; other tokens have 1.
     """
@@ -180,12 +188,14 @@ class Objective(Part):
     def check(self, method: str) -> None:
         """Raises ValueError when a field does not belong to the method, or one that it needs is missing."""
         for owner, names in OF_METHOD.items():
-            foreign = sorted(set(names) & self.model_fields_set) if owner != method else []
+            foreign = sorted((set(names) - set(OF_METHOD.get(method, ()))) & self.model_fields_set)
             if foreign:
                 raise ValueError(f"objective.{foreign[0]} belongs to {owner}, not to {method}")
-        pair = {"dcp": ("gamma", "keep"), "dms": ("compression", "closed")}.get(method)
+        pair = {"dcp": ("gamma", "keep"), "ltp_prompt": ("gamma", "keep"), "dms": ("compression", "closed")}.get(method)
         if pair and (getattr(self, pair[0]) is None) == (getattr(self, pair[1]) is None):
             raise ValueError(f"objective needs exactly one of {pair[0]} and {pair[1]} for method {method}")
+        if method == "acc_prompt" and self.keep is None:
+            raise ValueError("objective needs keep for method acc_prompt")
         if not any(self.weights(method).values()):
             raise ValueError("objective has no loss: next_token, kl_forward and kl_reverse are all 0")
 
@@ -344,6 +354,7 @@ class Recipe(Part):
         output: folder to make; it must not exist.
         work: folder of checkpoints and logs; default ``OUTPUT-work``.
         teacher: folder of the dense model for the KL losses; default: the model as it was before training.
+        prompts: of gates that decide about whole prompts, which have it with its defaults unless given.
     """
 
     model: Text | Model
@@ -352,6 +363,7 @@ class Recipe(Part):
     teacher: Text | None = None
     gate: GateRecipe
     objective: Objective = Field(default_factory=Objective)
+    prompts: Prompts | None = None
     data: Data
     training: Training
     launch: Launch = Field(default_factory=Launch)
@@ -363,7 +375,16 @@ class Recipe(Part):
             raise ValueError("training.optimizer muon trains the base's matrices; use adamw with gate.train_base false")
         if self.teacher and not self.distils:
             raise ValueError("teacher is given, but objective has neither kl_forward nor kl_reverse")
+        if self.prompts is not None:
+            self.prompts.check(self.gate.method)
+        if self.gate.method in PROMPT_METHODS:
+            check_prompts(self.gate, self.training, self.launch, self.told_prompts)
         return self
+
+    @property
+    def told_prompts(self) -> Prompts:
+        """``prompts`` with its default."""
+        return Prompts() if self.prompts is None else self.prompts
 
     @property
     def distils(self) -> bool:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from vllm_prune.gates import PromptGate
+
 from .gate_evaluation import final_live, past_pair_kept
 from .masked import GatedModel
 
@@ -78,29 +80,36 @@ def sweep(
         strengths: 0 costs nothing extra.
         seen: called with each strength above 0 and the expiries [L, E, T] of each window.
 
+    With prompt gates the first half of each window is the prompt: kept is the share of its keys that are stored, and
+    losses are those of the second half.
+
     Returns:
         One point a strength, in the given order.
     """
+    told, first = {}, 1
+    if isinstance(gated.gates[0], PromptGate):
+        first = max(1, ids.shape[1] // 2)
+        told = {"prompt": first}
     shape = (len(gated.calls), gated.gates[0].num_units)  # type: ignore[union-attr]
     sums = [_Sums(torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)) for _ in strengths]
     for row in ids:
-        dense = gated(row, "open").logits
+        dense = gated(row, "open").logits[first - 1 :]
         for strength, total in zip(strengths, sums, strict=True):
             if strength == 0.0:
                 logits = dense
                 total.kept += 1.0
                 total.live += 1.0
             else:
-                out = gated(row, "hard", strength=strength)
-                logits = out.logits
-                total.kept += past_pair_kept(out.expiry)
+                out = gated(row, "hard", strength=strength, **told)
+                logits = out.logits[first - 1 :]
+                total.kept += final_live(out.expiry[..., :first]) if told else past_pair_kept(out.expiry)
                 total.live += final_live(out.expiry)
                 if seen is not None:
                     seen(strength, out.expiry)
-            loss, kl = losses(dense, logits, row)
+            loss, kl = losses(dense, logits, row[first - 1 :])
             total.loss += loss
             total.kl += kl
-    n, t = ids.shape
+    n, t = ids.shape[0], ids.shape[1] - first + 1
     return [
         Point(strength, s.kept / n, s.live / n, math.exp(s.loss / (n * (t - 1))), s.kl / (n * t))
         for strength, s in zip(strengths, sums, strict=True)

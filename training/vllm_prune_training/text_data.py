@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vllm_prune.errors import PruneError
 
+from .prompt_recipe import Prompts
 from .recipe import Data, Source, Training
 from .tasks import RECALL, TASKS, counter, make_sample
 from .text_files import Files, documents, find_files
@@ -140,12 +141,15 @@ class Batches:
     Each step is a list of ``accumulation`` dicts: ``input_ids`` int64 [B, T]; ``loss_weight`` float32 [B, T], the weight
     of predicting that token (1; ``answer_weight`` in answers of tasks; 0 at the first position); ``weight_total``
     float32 [B], the sum of all weights of the whole step, by which every loss is divided; ``row_key`` int64 [B], which
-    names the row in the run.
+    names the row in the run. With ``prompts`` also ``prompt`` int64 [B], where each sequence's prompt ends: predicting a
+    token of it weighs nothing.
     """
 
     def __init__(
-        self, data: Data, training: Training, tokenizer: PreTrainedTokenizerBase, answer_weight: float
-    ) -> None:
+        self, data: Data, training: Training, tokenizer: PreTrainedTokenizerBase, answer_weight: float,
+        prompts: Prompts | None = None,
+    ) -> None:  # fmt: skip
+        self.prompts = prompts
         self.data, self.training, self.tokenizer, self.answer_weight = data, training, tokenizer, answer_weight
         self.streams = open_sources(data.train, data, tokenizer, training.seed)
         weights = np.array([source.weight for source in data.train])
@@ -184,17 +188,23 @@ class Batches:
         ids += stream.take(max(0, length - len(ids)))
         return ids[:length], [at for at in answers if at < length]
 
-    def _row(self, step: int, row: int, length: int) -> tuple[list[int], np.ndarray]:
+    def _row(self, step: int, row: int, length: int) -> tuple[list[int], np.ndarray, int]:
+        """Tokens, weights, and the length of the prompt (0 without prompts)."""
         rng = np.random.default_rng([self.training.seed, step, row])
         stream = self.streams[int(rng.choice(len(self.streams), p=self.shares))]
         weight = np.ones(length, dtype=np.float32)
+        answers: list[int] = []
         if self.data.tasks is not None and rng.random() < self.data.tasks.share:
             ids, answers = self._with_tasks(rng, stream, length)
             weight[answers] = self.answer_weight
         else:
             ids = stream.sequence(length)
         weight[0] = 0.0
-        return ids, weight
+        prompt = 0
+        if self.prompts is not None:
+            prompt = self.prompts.length(rng, length, answers)
+            weight[:prompt] = 0.0
+        return ids, weight, prompt
 
     def next_step(self) -> list[dict[str, torch.Tensor]]:
         """The global batches of the next step."""
@@ -207,6 +217,8 @@ class Batches:
         key = torch.arange(size * parts) + self.step * size * parts
         self.step += 1
         whole = {"input_ids": ids, "loss_weight": weight, "weight_total": total, "row_key": key}
+        if self.prompts is not None:
+            whole["prompt"] = torch.tensor([row[2] for row in rows])
         return [{name: value[i * size : (i + 1) * size] for name, value in whole.items()} for i in range(parts)]
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:

@@ -21,9 +21,12 @@ from vllm_prune.checkpoint import add_gates
 from vllm_prune.errors import PruneError
 
 from . import ranks
+from .acc_profile import tune
 from .build import make_base, make_gates, make_tokenizer, make_trained
 from .checkpoints import SaveFailed, check_same, checkpoints, publish, put_aside, read_run
 from .gate_export import readme
+from .objectives import TrainedModel
+from .prompt_recipe import PROMPT_METHODS
 from .provenance import git_commit
 from .recipe import NO_GATES, Recipe
 from .shadow.recipe import ShadowRecipe
@@ -115,13 +118,16 @@ def run(
     longest = max(length for _, length in recipe.training.phases)
     arguments = _arguments(recipe, work, extra_arguments or {})
     tokenizer = make_tokenizer(recipe, longest)
-    batches = Batches(recipe.data, recipe.training, tokenizer, recipe.objective.answer_weight)
+    prompts = recipe.told_prompts if recipe.gate.method in PROMPT_METHODS else None
+    batches = Batches(recipe.data, recipe.training, tokenizer, recipe.objective.answer_weight, prompts)
     windows = held_out_windows(recipe.data, tokenizer, longest, recipe.training.eval_tokens)
     trained = make_trained(recipe, make_base(recipe, tokenizer), arguments.device)
     gates = list(trained.gated.gates) if recipe.gate.method != NO_GATES else []
     beta = float(gates[0].beta.detach().max()) if recipe.gate.method == "dcp" else 1.0
     if recipe.gate.init_from is not None and recipe.gate.method == "dcp":
         beta = float(recipe.gate.params.get("beta", 2.0))
+    if recipe.gate.method == "acc_prompt" and recipe.gate.init_from is None and last is None:
+        _tune(recipe, trained, Batches(recipe.data, recipe.training, tokenizer, 1.0, prompts))
     trainer = GateTrainer(trained, recipe, batches, data, work, windows, beta, args=arguments, callbacks=callbacks)
     if last is not None:
         trainer.restore(last)
@@ -154,6 +160,20 @@ def run(
         export(recipe, trainer, tokenizer, state, record)
     ranks.barrier()
     return Outcome(output, work, steps)
+
+
+def _tune(recipe: Recipe, trained: TrainedModel, batches: Batches) -> None:
+    """The profile of ACC-style gates, measured on the sequences of the first step."""
+    (first, *_) = batches.next_step()
+    keep = recipe.objective.keep
+    assert keep is not None
+    found = tune(trained.gated, first["input_ids"], first["prompt"], recipe.told_prompts, keep)
+    if ranks.is_main():
+        print(json.dumps({"profile": {k: _rounded(v) for k, v in found.items()}}), flush=True)
+
+
+def _rounded(value: Any) -> Any:
+    return [round(x, 4) for x in value] if isinstance(value, list) else round(value, 4)
 
 
 def export(
@@ -199,7 +219,7 @@ def export(
             kept = record["held_out"]["kept_hard"]
             brief = {key: record[key] for key in ("git_commit", "versions", "tokens_seen", "steps", "held_out")}
             add_gates(made, gates, {
-                "params": dict(section.params), "protect": section.protect.model_dump(),
+                "params": dict(section.params), "protect": section.protect.model_dump(), "dtype": section.dtype,
                 "expected_keep": min(1.0, max(1e-3, round(kept, 4))),
                 "provenance": {**brief, "data_sha256": [row["sha256"] for row in record["data"]]},
             })  # fmt: skip

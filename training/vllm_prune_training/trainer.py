@@ -159,6 +159,10 @@ class GateTrainer(ShardedTrainer):
         """alpha, gamma, the target of the closed fraction and the leak: float32 [4]."""
         objective, method = self.recipe.objective, self.recipe.gate.method
         alpha = alpha_at(objective.alpha, progress, self.beta) if method == "dcp" else 0.0
+        if method == "ltp_prompt":
+            alpha = float(progress >= self.recipe.told_prompts.hard_from)
+        elif method == "acc_prompt":
+            alpha = self.recipe.told_prompts.strength_at(self.recipe.training.seed, self.state.global_step)
         closed = closed_at(objective, progress) if method == "dms" else 0.0
         leak = leak_at(objective, progress) if method == "dcp" else 0.0
         return torch.tensor([alpha, self.controller.gamma, closed, leak], device=self.args.device)
@@ -204,7 +208,12 @@ class GateTrainer(ShardedTrainer):
                     f"The last good checkpoint in {self.work} is kept. Lower the learning rates, or use fp32.",
                 )
         progress, objective = self.progress, self.recipe.objective
-        if self.recipe.gate.method == "dcp":
+        if self.recipe.gate.method == "ltp_prompt" and progress < self.recipe.told_prompts.hard_from:
+            stats["gamma"] = self.controller.gamma
+            if objective.keep is not None:
+                stats["target_keep"] = keep_at(objective, progress)
+            self.controller.update(stats["kept"], progress)
+        elif self.recipe.gate.method == "dcp":
             stats["alpha"], stats["gamma"] = alpha_at(objective.alpha, progress, self.beta), self.controller.gamma
             if objective.keep is not None:
                 stats["target_keep"] = keep_at(objective, progress)
@@ -222,13 +231,17 @@ class GateTrainer(ShardedTrainer):
         model.eval()
         result: dict[str, float] = {}
         size = max(1, self.recipe.training.batch_tokens // self.windows.shape[1])
-        for mode in ("open",) if self.recipe.gate.method == "none" else ("open", "soft", "hard"):
-            nll = kept = 0.0
+        modes = {"none": ("open",), "acc_prompt": ("open", "hard")}.get(
+            self.recipe.gate.method, ("open", "soft", "hard")
+        )
+        for mode in modes:
+            nll = kept = tokens = 0.0
             for ids in self.windows.split(size):
                 out = model(input_ids=ids.to(self.args.device), knobs=self.knobs(self.progress), measure=mode)
                 nll += out["nll"].item()
+                tokens += out["tokens"].item()
                 kept += out["kept"].item() * len(ids) if "kept" in out else 0.0
-            mean = nll / (self.windows.shape[0] * (self.windows.shape[1] - 1))
+            mean = nll / tokens
             result[f"ppl_{mode}"] = math.exp(min(mean, 700.0))
             if mode != "open":
                 result[f"kept_{mode}"] = kept / len(self.windows)

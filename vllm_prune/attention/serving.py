@@ -28,6 +28,7 @@ class ServedGate:
         gate_lanes: of a layer: E if the gate remembers anything, else 0.
         sinks, window: protected keys, in tokens.
         routes: whether layers run on a subset of the tokens.
+        whole_prompt: whether every prompt must come in one step.
     """
 
     reveal: Reveal | None
@@ -37,20 +38,22 @@ class ServedGate:
     sinks: int
     window: int
     routes: bool = False
+    whole_prompt: bool = False
 
     @classmethod
     def of(cls, section: DropGateConfig) -> ServedGate:
         if section.strength == 0.0:
             return cls(None, 0, 1, 0, 0, 0)
         gate = section.build_gate()
-        if gate.routes and section.protect.window:
+        if gate.routes and not gate.whole_prompt and section.protect.window:
             raise PruneError(
                 f"drop_gate.protect.window is {section.protect.window}, but {section.method} decides when a token is "
                 "written and never again.", "Set it to 0; protect.sinks is honoured.",
             )  # fmt: skip
         units, protect = gate.num_units, section.protect
         lanes = units if gate.num_remembered else 0
-        return cls(gate.reveal, gate.num_remembered // units, units, lanes, protect.sinks, protect.window, gate.routes)
+        return cls(gate.reveal, gate.num_remembered // units, units, lanes, protect.sinks, protect.window, gate.routes,
+                   gate.whole_prompt)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

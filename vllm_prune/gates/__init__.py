@@ -1,6 +1,7 @@
 """Drop gates: one file a method, and the contract in ``base``. Torch only."""
 
 from vllm_prune.gates.acc import ACCGate
+from vllm_prune.gates.acc_prompt import ACCPromptGate
 from vllm_prune.gates.base import (
     NEVER,
     Gate,
@@ -16,19 +17,24 @@ from vllm_prune.gates.dcp import DCPGate
 from vllm_prune.gates.dms import DMSGate
 from vllm_prune.gates.ftp import FTPGate
 from vllm_prune.gates.ltp import LTPGate
+from vllm_prune.gates.ltp_prompt import LTPPromptGate
+from vllm_prune.gates.prompt import PromptGate
 from vllm_prune.gates.random_drop import RandomGate
 from vllm_prune.gates.shadow import ShadowGate
 from vllm_prune.gates.window import WindowGate
 
-GATES: dict[str, type[Gate]] = {
-    gate.method: gate for gate in (DCPGate, DMSGate, LTPGate, ACCGate, WindowGate, RandomGate, ShadowGate, FTPGate)
-}
+_METHODS: tuple[type[Gate], ...] = (
+    DCPGate, DMSGate, LTPGate, LTPPromptGate, ACCGate, ACCPromptGate, WindowGate, RandomGate, ShadowGate, FTPGate,
+)  # fmt: skip
+
+GATES: dict[str, type[Gate]] = {gate.method: gate for gate in _METHODS}
 """Every method by its name in a checkpoint's ``drop_gate`` section."""
 
 __all__ = [
     "GATES",
     "NEVER",
     "ACCGate",
+    "ACCPromptGate",
     "BoundaryGate",
     "BoundaryRule",
     "DCPGate",
@@ -37,6 +43,8 @@ __all__ = [
     "Gate",
     "GateShape",
     "LTPGate",
+    "LTPPromptGate",
+    "PromptGate",
     "Protection",
     "RandomGate",
     "Reveal",

@@ -25,6 +25,7 @@ from vllm_prune.config import (
     server_options,
 )
 from vllm_prune.errors import PruneError
+from vllm_prune.models.whole_prompt import need_whole_prompts
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -112,6 +113,8 @@ class GatedModelConfig(VerifyAndUpdateConfig):
         served = ServedGate.of(section)
         if served.routes:
             prepare_routing(vllm_config, section)
+        if served.whole_prompt:
+            need_whole_prompts(vllm_config, section.method)
         cache = vllm_config.cache_config
         if not cache.user_specified_block_size:
             # Small pages come free sooner: half a page a lane is idle on average. The CPU platform would choose 128.

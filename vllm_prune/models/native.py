@@ -8,7 +8,7 @@ To add a family: subclass its attention module (forward only), its decoder layer
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -16,9 +16,11 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3ForCausalLM
 
-from vllm_prune.attention.gated import GatedAttention, section_of
+from vllm_prune.attention.gated import GatedAttention
+from vllm_prune.gates import PromptGate
 from vllm_prune.gates.routing import RoutingGate
 from vllm_prune.models.loading import load_gate_weights, without_gates
+from vllm_prune.models.prompt_router import PromptRouter
 from vllm_prune.models.routing import GateRouter, RoutedLayer, Router
 
 
@@ -85,6 +87,18 @@ def route_layers(model: nn.Module, router: Router) -> None:
         router.impls.append(impl)  # type: ignore[arg-type]
 
 
+def router_of(model: nn.Module) -> Router | None:
+    """The router that a loaded model's gates want; None when every layer runs on all tokens."""
+    layers = [module for module in model.modules() if isinstance(module, GatedAttention)]
+    gates: list[Any] = [layer.drop_gate for layer in layers]
+    section = layers[0].section
+    if isinstance(gates[0], PromptGate):
+        return PromptRouter(gates, section)
+    if isinstance(gates[0], RoutingGate):
+        return GateRouter(gates, section.strength, section.protection)
+    return None
+
+
 class GatedModelMixin:
     """Swaps attention layers after the base class has built the model, and loads gates after its weights."""
 
@@ -109,11 +123,10 @@ class GatedModelMixin:
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         loaded = super().load_weights(without_gates(weights))  # type: ignore[misc]
         loaded |= load_gate_weights(self, self._vllm_config)  # type: ignore[arg-type]
-        section = section_of(self._vllm_config)
-        gates = [module.drop_gate for module in self.modules() if isinstance(module, GatedAttention)]  # type: ignore[attr-defined]
-        if isinstance(gates[0], RoutingGate):
-            route_layers(self, GateRouter(gates, section.strength, section.protection))  # type: ignore[arg-type]
-        return loaded
+        router = router_of(self)  # type: ignore[arg-type]
+        if router is not None:
+            route_layers(self, router)  # type: ignore[arg-type]
+        return loaded  # type: ignore[no-any-return]
 
 
 class PrunedQwen3ForCausalLM(GatedModelMixin, Qwen3ForCausalLM):
