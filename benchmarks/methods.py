@@ -104,8 +104,9 @@ def run_cases(engine: Engine, cases: list[Any], skipping: bool = False) -> dict[
         else:
             right += all(first for _, first in found)
             answers += 1
+    held = statistics.mean(kept)
     return {"perplexity": math.exp(nll / tokens) if tokens else math.nan, "recall": right / answers if answers else 0.0,
-            "answers": int(answers), "kept": statistics.mean(kept), "computed": statistics.mean(kept) if skipping else 1.0}  # fmt: skip
+            "answers": int(answers), "kept": held, "computed": held if skipping else 1.0}  # fmt: skip
 
 
 def fit(runner: Runner, folder: Path, shape: Shape, keep: float, cases: list[Any], steps: int) -> float:
