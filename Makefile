@@ -54,8 +54,8 @@ reference: $(STAMP)
 
 # Quality against baselines at equal kept fractions (docs/quality.md), on what `make reference` made. `claims`: over seeds.
 quality: $(STAMP) baselines
-	$(BIN)/python benchmarks/quality.py --model build/reference/dense --json benchmarks/results/quality.json --gated \
-	    DCP=build/reference/dcp-kl DMS=build/reference/dms
+	$(BIN)/python benchmarks/quality.py --model build/reference/dense-slow --json benchmarks/results/quality.json --gated \
+	    DCP=build/reference/dcp-fin DMS=build/reference/dms
 claims: $(STAMP)
 	$(BIN)/python benchmarks/claims.py --json benchmarks/results/claims.json
 

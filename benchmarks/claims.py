@@ -2,8 +2,9 @@
 trained baselines.
 
 The base is the reference's (8 layers of 256, trained dense on code and recall tasks). From it, for each seed (order of the
-text, tasks, gates' initial weights) and for the same steps each: dense (the yardstick), DCP, and window, sinks +
-window and random under their own masks, matched on the past-pair kept fraction that DCP reached. All learn from the next token, through recipes. Finished runs are not repeated.
+text, tasks, gates' initial weights) and for the same steps each: dense (the yardstick), DCP, and window, sinks + window and
+random under their own masks, matched on the past-pair kept fraction that DCP reached. All learn from the next token,
+through recipes. Finished runs are not repeated.
 
     make reference                                                         # makes the base and the text, among other things
     python benchmarks/claims.py --json benchmarks/results/claims.json      # --quick: one seed, few steps
