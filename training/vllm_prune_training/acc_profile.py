@@ -19,6 +19,8 @@ from vllm_prune.gates.acc_prompt import MOST_COEFFICIENT, ACCPromptGate, retenti
 from .masked import GatedModel
 from .prompt_recipe import Prompts
 
+FLOOR = "the first layer computes everything, and no layer keeps less than gate.params.least"
+
 
 def coverage(scores: torch.Tensor, fraction: float) -> float:
     """Share of the tokens, best first, that hold ``fraction`` of the sum of scores [P]; the last one is not looked at."""
@@ -62,21 +64,24 @@ def layer_flops(config: Any, tokens: int) -> tuple[float, float]:
             2 * d * heads * size + 2 * d * kv * size + 3 * d * config.intermediate_size
         ), 2.0 * tokens * heads * size
     except AttributeError as error:
-        raise PruneError(
-            f"the FLOPs of a {config.model_type} are not known: {error}.", "Use prompts.budget: kv."
-        ) from None
+        raise PruneError(f"the FLOPs of a {config.model_type} are not known: {error}.", "Use budget: kv.") from None
 
 
-def solve_coefficient(share: Callable[[float], float], target: float) -> float:
+def solve_coefficient(share: Callable[[float], float], target: float, because: str = FLOOR) -> float:
     """The coefficient whose budget share is the target, by bisection of an increasing function.
+
+    Args:
+        share: of a coefficient.
+        target: to reach.
+        because: what bounds the share from below.
 
     Raises:
         PruneError: no coefficient reaches so low.
     """
     low, high = 1e-4, MOST_COEFFICIENT
     if share(low) > target:
-        raise PruneError(f"objective.keep {target:g} is below what is possible here, {share(low):.4g}: the first layer "
-                         "computes everything, and no layer keeps less than gate.params.least.", "Raise it.")  # fmt: skip
+        raise PruneError(f"objective.keep {target:g} is below what is possible here, {share(low):.4g}: {because}.",
+                         "Raise it.")  # fmt: skip
     for _ in range(100):
         middle = (low * high) ** 0.5
         low, high = (middle, high) if share(middle) < target else (low, middle)

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from vllm_prune.gates import BoundaryGate, LTPGate, Protection, expiry_mask
-from vllm_prune.gates.boundary import hard_walk
+from vllm_prune.gates.boundary import walk
 
+from .attend import attend_masked
 from .gate_evaluation import past_pair_kept
 
 
@@ -50,9 +50,8 @@ class Walk:
                 return out.to(value.dtype).transpose(1, 2)
             rule = self.gate.rule(self.strength, self.protection)
             with torch.no_grad():
-                self.found = hard_walk(rule, query, key, scale)
+                self.found, mass = walk(rule, query, key, scale)
+                if self.gate.watcher is not None:
+                    self.gate.watcher(mass)
                 self.kept = past_pair_kept(self.found).mean().float()
-            mask = torch.stack([expiry_mask(row) for row in self.found])
-            group = query.shape[1] // key.shape[1]
-            key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-            return scaled_dot_product_attention(query, key, value, mask, scale=scale).transpose(1, 2)
+            return attend_masked(query, key, value, scale, torch.stack([expiry_mask(row) for row in self.found]))

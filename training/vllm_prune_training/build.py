@@ -26,6 +26,7 @@ from vllm_prune.errors import PruneError
 from vllm_prune.gates import Gate
 from vllm_prune.gates.borrowed import borrow
 
+from .boundary_recipe import BOUNDARY_METHODS
 from .families import attention_modules, check_config, gate_shape, probe, same_attention, without_dropout
 from .masked import GatedModel
 from .objectives import TrainedModel
@@ -142,8 +143,8 @@ def gate_section(recipe: Recipe, config: PretrainedConfig) -> DropGateConfig:
         method=recipe.gate.method, params=dict(recipe.gate.params), num_layers=shape.num_layers,
         num_kv_heads=shape.num_kv_heads, hidden_size=shape.hidden_size,
         protect={"sinks": recipe.gate.protect.sinks, "window": recipe.gate.protect.window},
-        # Two scalars a layer, on which counts of tokens and comparisons depend: as trained.
-        dtype="float32" if recipe.gate.method in PROMPT_METHODS else "auto",
+        # A scalar or two a layer, on which counts of tokens and comparisons depend: as trained.
+        dtype="float32" if recipe.gate.method in (*BOUNDARY_METHODS, *PROMPT_METHODS) else "auto",
     )  # fmt: skip
     with torch.device("meta"):
         section.build_gate()

@@ -11,6 +11,8 @@ from vllm_prune.config import SECTION, DropGateConfig
 NAMES = {
     "dcp": "DCP (Dynamic Context Pruning, arXiv 2305.15805)",
     "dms": "DMS (Dynamic Memory Sparsification, arXiv 2506.05345)",
+    "ltp": "LTP by age (after Learned Token Pruning, arXiv 2107.00910)",
+    "acc": "ACC-style eviction (after arXiv 2201.03327)",
     "none": "no gates (dense, for comparison)",
 }
 COLUMNS = {

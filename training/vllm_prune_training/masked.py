@@ -18,19 +18,18 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vllm_prune.config import DropGateConfig, find_gate_file, load_gates, parse_drop_gate
 from vllm_prune.errors import PruneError
 from vllm_prune.gates import NEVER, BoundaryGate, Gate, Reveal, expiry_mask
-from vllm_prune.gates.base import at_least_float32
 from vllm_prune.gates.borrowed import without_borrowed
 from vllm_prune.gates.routing import RoutingGate
 from vllm_prune.gates.shadow import closed_expiry
 
 from . import lean
+from .attend import attend, attend_masked, past_mean
 from .boundaries import Walk
 from .families import attention_modules
 from .prompt_pass import PromptPass, start_prompts
@@ -51,8 +50,8 @@ class GatedOutput:
         hidden: [B, T, D_model], output of the final norm.
         features: [B, T, F] a layer, as scored (soft and hard mode).
         log_visibility: float32 [B, E, T, T] a layer (soft mode, naive visibility, where collected).
-        kept: float32 scalar a layer (soft mode): mean visibility over past pairs, j < n only. Of whole prompts, soft and
-            hard: mean survival of the prompts' tokens.
+        kept: float32 scalar a layer (soft mode; gates at boundaries: hard mode too): mean visibility over past pairs, j < n.
+            Of whole prompts, soft and hard: mean survival of the prompts' tokens.
         expiry: int64 [B, L, E, T], or [L, E, T] for unbatched input (hard mode).
         runs: float32 [B, T] a layer (routing gates): 1 where the layer ran on the token, else 0.
         prompts: the state after the pass of gates that decide about whole prompts.
@@ -90,51 +89,6 @@ class _LayerCall:
     def clear(self) -> None:
         """Forget the tensors of the last call."""
         self.bias = self.mask = self.inputs = self.kept = self.attended = self.routed = self.walk = None
-
-
-def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, bias: torch.Tensor
-) -> torch.Tensor:
-    """Causal grouped-query attention with a differentiable bias, softmax in float32.
-
-    Args:
-        query: [B, H * G, T, D]; key, value: [B, H, T, D].
-        scaling: of the logits.
-        bias: float32 [B, E, T, T] (query, key), added to the scaled logits.
-
-    Returns:
-        [B, T, H * G, D].
-    """
-    b, heads, t, d = query.shape
-    h = key.shape[1]
-    grouped = query.reshape(b, h, heads // h, t, d)
-    logits = (
-        at_least_float32(grouped @ key[:, :, None].transpose(-1, -2)) * scaling + bias[:, :, None]
-    )  # [B, H, G, T, T]
-    future = torch.ones(t, t, dtype=torch.bool, device=query.device).triu(1)
-    out = logits.masked_fill(future, float("-inf")).softmax(dim=-1).to(value.dtype) @ value[:, :, None]
-    return out.reshape(b, heads, t, d).transpose(1, 2)
-
-
-def attend_masked(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, mask: torch.Tensor | None
-) -> torch.Tensor:
-    """Attention under a bool mask [B, E, T, T] that is causal by itself, or just causal, as ``attend``."""
-    heads = query.shape[1]
-    key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
-    if mask is not None and mask.shape[1] > 1:
-        mask = mask.repeat_interleave(heads // mask.shape[1], dim=1)
-    out = scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scaling)
-    if mask is not None:
-        out = out.masked_fill(~mask.any(-1, keepdim=True), 0.0)  # a head that sees no key says nothing
-    return out.transpose(1, 2)
-
-
-def past_mean(log_visibility: torch.Tensor) -> torch.Tensor:
-    """Mean visibility over past pairs j < n of [B, E, T, T]: the diagonal and the future do not count."""
-    b, e, t, _ = log_visibility.shape
-    past = torch.ones(t, t, dtype=torch.bool, device=log_visibility.device).tril(-1)
-    return torch.where(past, log_visibility.exp(), 0.0).sum() / max(1, b * e * t * (t - 1) // 2)
 
 
 def _attention(
@@ -254,12 +208,11 @@ class GatedModel(nn.Module):
         if self._prompts is not None:
             call.routed = partial(self._prompts.attend, index, masked=attend_masked)
             return
-        features = self.features(index, x)
         if isinstance(gate, BoundaryGate):
             soft, strength = (self._soft, 1.0) if self._mode == "soft" else ({}, self._strength)
-            call.walk = Walk(gate, soft.get("strength", strength), self.section.protection, soft.get("tau"))
-            self._features.append(features)
+            call.walk = Walk(gate, strength, self.section.protection, soft.get("tau"))
             return
+        features = self.features(index, x)
         if self._mode == "hard":
             if self._per_request and index > 0 and self._strength > 0.0:
                 rows = list(self._closed_expiry(index, features.shape[1]))
@@ -382,8 +335,9 @@ class GatedModel(nn.Module):
                 out.expiry = torch.stack(self._prompts.expiry, dim=1) if mode == "hard" and collect else None
             elif mode == "soft":
                 out.log_visibility, out.kept = self._found, self._kept or self._by_attention("kept")
-            elif mode == "hard" and collect:
-                out.expiry = torch.stack(self._found or self._by_attention("found"), dim=1)
+            elif mode == "hard":
+                out.kept = [call.walk.kept for call in self.calls if call.walk is not None]  # type: ignore[misc]
+                out.expiry = torch.stack(self._found or self._by_attention("found"), dim=1) if collect else None
         finally:
             if self.routed is not None:
                 self.routed.stop()

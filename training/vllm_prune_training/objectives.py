@@ -3,7 +3,9 @@
 DCP (arXiv 2305.15805, section 3): losses + gamma * mean visibility over past pairs, j < n. The paper's mean runs over
 the square with its constant half, so its term has a floor near gamma/2 and ours has none. DMS (arXiv 2506.05345): losses
 + budget_weight * mean over sequences of max(target - closed fraction, 0), the closed fraction straight-through and
-averaged over heads, layers and positions, the logits with logistic noise.
+averaged over heads, layers and positions, the logits with logistic noise. LTP (arXiv 2107.00910): losses + gamma * mean
+visibility of past pairs (what of it exceeds the target, if there is one), then the losses alone under the hard mask.
+ACC-style: the losses alone, always under the hard mask.
 
 KL directions: ``kl_forward`` is KL(teacher || student), ``kl_reverse`` KL(student || teacher).
 
@@ -144,7 +146,7 @@ class TrainedModel(nn.Module):
         prompt: int | torch.Tensor | None = None,
     ) -> GatedOutput:
         """A gated forward pass over ids [B, T] as it is trained, with the knobs of the moment: soft, with noise for rows
-        ``keys`` (DMS), or under prompt gates in the stage that the first knob says (see ``forward``)."""
+        ``keys`` (DMS), or in the stage that the first knob says (LTP, ACC-style; see ``forward``)."""
         knobs: dict[str, Any] = {}
         perturb: Perturb | None = None
         if self.method == "acc_prompt":
@@ -152,11 +154,13 @@ class TrainedModel(nn.Module):
         if self.method == "ltp_prompt":
             mode: Mode = "soft" if float(now[0]) == 0.0 else "hard"
             return self.gated(ids, mode, collect=False, prompt=prompt, tau=self.recipe.objective.tau)  # type: ignore[no-any-return]
+        if self.method == "acc" or (self.method == "ltp" and float(now[0]) > 0.0):
+            return self.gated(ids, "hard", strength=float(now[0]), collect=False)  # type: ignore[no-any-return]
         if self.method == "dcp":
             knobs.update(alpha=now[0], leak=now[3])
-        elif self.method == "dms":
+        elif self.method in ("dms", "ltp"):
             knobs["tau"] = self.recipe.objective.tau
-            if keys is not None:
+            if keys is not None and self.method == "dms":
                 gates = self.gated.gates
                 noise = row_noise(keys, self.recipe.training.seed, len(gates), ids.shape[1], gates[0].num_features)
                 perturb = lambda logits: logits.float() + next(noise)  # noqa: E731
@@ -182,8 +186,9 @@ class TrainedModel(nn.Module):
             loss_weight: float32 [B, T], of predicting that token.
             weight_total: float32 [B], the sum of weights of the whole step, over all its rows.
             row_key: int64 [B], numbers of the rows in the run.
-            knobs: float32 [4]: alpha, gamma, target of the closed fraction, leak; what a method has not is not read. Prompt
-                gates have for alpha: LTP 1 in the hard stage and 0 before, ACC-style the strength of the step.
+            knobs: float32 [4]: alpha, gamma, target of the closed fraction, leak; what a method has not is not read. LTP and
+                ACC-style, at boundaries and of prompts, have for alpha: LTP 1 in the hard stage and 0 before, ACC-style
+                the strength of the step. LTP at boundaries has for the target the kept fraction below which nothing pushes.
             measure: mode of an evaluation; the weights and keys are not read then.
             prompt: int64 [B], where prompts end (prompt gates).
 
@@ -221,6 +226,9 @@ class TrainedModel(nn.Module):
             elif self.method == "ltp_prompt":
                 if kept.requires_grad:  # thresholds stay in the hard stage
                     budget = knobs[1] * kept
+            elif self.method == "ltp":
+                if kept.requires_grad:  # thresholds stay in the hard stage
+                    budget = knobs[1] * (kept - knobs[2]).clamp_min(0.0)
             elif self.method == "dms":
                 closed = self.closed_fraction(out.features)
                 budget = self.recipe.objective.budget_weight * (knobs[2] - closed).clamp_min(0.0).mean()
@@ -251,7 +259,7 @@ class TrainedModel(nn.Module):
             else:
                 out = (
                     self.soft(ids, knobs, None)
-                    if mode == "soft" and knobs is not None and not told
+                    if mode == "soft" and knobs is not None and self.method not in ("ltp", *PROMPT_METHODS)
                     else self.gated(ids, mode, **told, **self.at(mode))
                 )
                 logits = out.logits
@@ -267,7 +275,7 @@ class TrainedModel(nn.Module):
 
     def at(self, mode: Mode) -> dict[str, float]:
         """LTP's temperature in soft mode."""
-        return {"tau": self.recipe.objective.tau} if mode == "soft" and self.method == "ltp_prompt" else {}
+        return {"tau": self.recipe.objective.tau} if mode == "soft" and self.method in ("ltp", "ltp_prompt") else {}
 
     def closed_fraction(self, features: list[torch.Tensor]) -> torch.Tensor:
         """Closed fraction of each sequence [B] of noisy logits [B, T, H] a layer: hard forward, sigmoid backward."""

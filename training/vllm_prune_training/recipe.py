@@ -8,24 +8,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from vllm_prune.gates import GATES
 
+from .boundary_recipe import BOUNDARY_METHODS, Boundaries
+from .data_recipe import Count, Data, NotNegative, Part, Positive, Share, Text
 from .prompt_recipe import PROMPT_METHODS, Prompts, check_prompts
 
 NO_GATES = "none"
-Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class Part(BaseModel):
-    """A section of a recipe."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
 
 
 class NewModel(Part):
@@ -96,7 +87,7 @@ class GateRecipe(Part):
         if self.method in ("dcp", "dms") and self.protect != Protect():
             raise ValueError(f"protect cannot be trained with {self.method}, whose soft mask knows of no protection; "
                              "set drop_gate.protect in the exported config.json instead")  # fmt: skip
-        if not self.train_base and self.method not in ("dcp", "dms", "ltp_prompt"):
+        if not self.train_base and self.method not in ("dcp", "dms", "ltp", "ltp_prompt"):
             raise ValueError(f"train_base false leaves nothing to train with method {self.method}")
         return self
 
@@ -141,6 +132,8 @@ class Alpha(Part):
 OF_METHOD: dict[str, tuple[str, ...]] = {
     "dcp": ("gamma", "keep", "alpha", "leak"),
     "dms": ("compression", "closed", "tau", "budget_weight"),
+    "ltp": ("gamma", "keep", "tau"),
+    "acc": ("keep",),
     "ltp_prompt": ("gamma", "keep", "tau"),
     "acc_prompt": ("keep",),
 }
@@ -156,10 +149,12 @@ class Objective(Part):
         kl_forward: weight of KL(teacher || student), the mean over the teacher's distribution. What NVIDIA's code
             labels forward is the other one.
         kl_reverse: weight of KL(student || teacher).
-        gamma: DCP, as published: a constant strength. It multiplies the mean visibility of past pairs only, so it counts
+        gamma: DCP, LTP, as published: a constant strength. LTP's multiplies the mean over layers of what is kept, not
+            their sum. DCP's multiplies the mean visibility of past pairs only, so it counts
             about twice the paper's, whose mean includes the constant half of the square.
-        keep: DCP: the share of past pairs to keep; gamma follows it through a controller. LTP's prompt form: likewise of
-            (prompt token, layer) pairs. ACC-style: the budget for which the coefficient is solved, see ``Prompts``.
+        keep: DCP, LTP: the share of past pairs to keep; gamma follows it through a controller. LTP's prompt form: likewise
+            of (prompt token, layer) pairs. ACC-style: the budget for which the coefficient is solved, see ``Boundaries``
+            and ``Prompts``.
         compression: DMS, as published: the compression ratio; its closed fraction is 1 - 1/CR, CR ramping linearly.
         closed: DMS: the closed fraction, ramping linearly.
         ramp: share of the run after which the target stays.
@@ -191,11 +186,11 @@ class Objective(Part):
             foreign = sorted((set(names) - set(OF_METHOD.get(method, ()))) & self.model_fields_set)
             if foreign:
                 raise ValueError(f"objective.{foreign[0]} belongs to {owner}, not to {method}")
-        pair = {"dcp": ("gamma", "keep"), "ltp_prompt": ("gamma", "keep"), "dms": ("compression", "closed")}.get(method)
-        if pair and (getattr(self, pair[0]) is None) == (getattr(self, pair[1]) is None):
+        pairs = {"dms": ("compression", "closed"), **dict.fromkeys(("dcp", "ltp", "ltp_prompt"), ("gamma", "keep"))}
+        if (pair := pairs.get(method)) and (getattr(self, pair[0]) is None) == (getattr(self, pair[1]) is None):
             raise ValueError(f"objective needs exactly one of {pair[0]} and {pair[1]} for method {method}")
-        if method == "acc_prompt" and self.keep is None:
-            raise ValueError("objective needs keep for method acc_prompt")
+        if method in ("acc", "acc_prompt") and self.keep is None:
+            raise ValueError(f"objective needs keep for method {method}")
         if not any(self.weights(method).values()):
             raise ValueError("objective has no loss: next_token, kl_forward and kl_reverse are all 0")
 
@@ -205,50 +200,6 @@ class Objective(Part):
         if all(value is None for value in given.values()):
             given["kl_forward" if method == "dms" else "next_token"] = 1.0
         return {name: float(value or 0.0) for name, value in given.items()}
-
-
-class Source(Part):
-    """One set of files. ``weight``: its share of the sequences, relative to the other sources' weights."""
-
-    path: Text | None = None
-    glob: Text | None = None
-    format: Literal["text", "jsonl", "parquet"]
-    field: Text = "text"
-    weight: Positive = 1.0
-
-    @model_validator(mode="after")
-    def _one(self) -> Source:
-        if (self.path is None) == (self.glob is None):
-            raise ValueError("give exactly one of path and glob")
-        if self.format == "text" and "field" in self.model_fields_set:
-            raise ValueError("format text has no field")
-        return self
-
-
-class Tasks(Part):
-    """Synthetic tasks with known answers. ``share`` of the sequences; ``names`` of ``vllm_prune_training.tasks``."""
-
-    share: Share = 0.25
-    names: Annotated[list[Text], Field(min_length=1)]
-
-
-class Data(Part):
-    """Texts.
-
-    Attributes:
-        train, held_out: sources; every sequence is drawn from one by weight.
-        tasks: mixed into training.
-        max_line_chars: a longer line in a text is refused; such lines are rarely text.
-        check: ``full`` reads all files once before the run, ``lazy`` finds bad data only where it comes to it.
-        shuffle_rows: documents are shuffled within blocks of this many; 1 keeps their order.
-    """
-
-    train: Annotated[list[Source], Field(min_length=1)]
-    held_out: Annotated[list[Source], Field(min_length=1)]
-    tasks: Tasks | None = None
-    max_line_chars: Count = 100_000
-    check: Literal["full", "lazy"] = "full"
-    shuffle_rows: Count = 256
 
 
 class Training(Part):
@@ -273,7 +224,8 @@ class Training(Part):
         eval_tokens: held-out tokens of one evaluation.
         keep_checkpoints: older ones are deleted.
         compile: torch.compile of the decoder.
-        visibility: ``lean`` recomputes blocks of the soft mask, ``naive`` holds T x T a layer.
+        visibility: ``lean`` recomputes blocks of the soft mask, ``naive`` holds T x T a layer. Gates at boundaries (ltp, acc)
+            read neither: they hold what attention holds for its backward pass.
     """
 
     steps: Count
@@ -354,7 +306,7 @@ class Recipe(Part):
         output: folder to make; it must not exist.
         work: folder of checkpoints and logs; default ``OUTPUT-work``.
         teacher: folder of the dense model for the KL losses; default: the model as it was before training.
-        prompts: of gates that decide about whole prompts, which have it with its defaults unless given.
+        prompts, boundaries: of gates that decide about whole prompts and at boundaries, with their defaults unless given.
     """
 
     model: Text | Model
@@ -364,6 +316,7 @@ class Recipe(Part):
     gate: GateRecipe
     objective: Objective = Field(default_factory=Objective)
     prompts: Prompts | None = None
+    boundaries: Boundaries | None = None
     data: Data
     training: Training
     launch: Launch = Field(default_factory=Launch)
@@ -379,12 +332,21 @@ class Recipe(Part):
             self.prompts.check(self.gate.method)
         if self.gate.method in PROMPT_METHODS:
             check_prompts(self.gate, self.training, self.launch, self.told_prompts)
+        if self.boundaries is not None:
+            self.boundaries.check(self.gate.method)
+        if self.gate.method in BOUNDARY_METHODS:
+            self.told_boundaries.check_run(self.gate, self.training, self.launch)
         return self
 
     @property
     def told_prompts(self) -> Prompts:
         """``prompts`` with its default."""
         return Prompts() if self.prompts is None else self.prompts
+
+    @property
+    def told_boundaries(self) -> Boundaries:
+        """``boundaries`` with its default."""
+        return Boundaries() if self.boundaries is None else self.boundaries
 
     @property
     def distils(self) -> bool:

@@ -21,8 +21,9 @@ from transformers import PreTrainedTokenizerBase
 
 from vllm_prune.errors import PruneError
 
+from .data_recipe import Data, Source
 from .prompt_recipe import Prompts
-from .recipe import Data, Source, Training
+from .recipe import Training
 from .tasks import RECALL, TASKS, counter, make_sample
 from .text_files import Files, documents, find_files
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from vllm_prune.errors import PruneError
 
-from .recipe import Source
+from .data_recipe import Source
 
 CORRECT = "Correct the file, or take it out of the recipe."
 

@@ -22,6 +22,7 @@ from vllm_prune.errors import PruneError
 
 from . import ranks
 from .acc_profile import tune
+from .boundary_profile import tune_boundaries
 from .build import make_base, make_gates, make_tokenizer, make_trained
 from .checkpoints import SaveFailed, check_same, checkpoints, publish, put_aside, read_run
 from .gate_export import readme
@@ -126,8 +127,12 @@ def run(
     beta = float(gates[0].beta.detach().max()) if recipe.gate.method == "dcp" else 1.0
     if recipe.gate.init_from is not None and recipe.gate.method == "dcp":
         beta = float(recipe.gate.params.get("beta", 2.0))
-    if recipe.gate.method == "acc_prompt" and recipe.gate.init_from is None and last is None:
-        _tune(recipe, trained, Batches(recipe.data, recipe.training, tokenizer, 1.0, prompts))
+    profile: dict[str, Any] = {}
+    if last is None and recipe.gate.init_from is None:
+        if recipe.gate.method == "acc_prompt":
+            _tune(recipe, trained, Batches(recipe.data, recipe.training, tokenizer, 1.0, prompts))
+        elif recipe.gate.method == "acc":
+            profile["profile"] = _tune_boundaries(recipe, trained, tokenizer, longest)
     trainer = GateTrainer(trained, recipe, batches, data, work, windows, beta, args=arguments, callbacks=callbacks)
     if last is not None:
         trainer.restore(last)
@@ -151,7 +156,7 @@ def run(
         "threads": torch.get_num_threads(), "processes": ranks.world_size(), "sharded": is_sharded(trainer.model),
         "data": data, "steps": steps,
         "tokens_seen": trainer.tokens_seen, "seconds_this_process": round(time.time() - started, 1),
-        "last_step": trainer.stats, "held_out": {"length": longest, "windows": len(windows), **measured},
+        "last_step": trainer.stats, **profile, "held_out": {"length": longest, "windows": len(windows), **measured},
     }  # fmt: skip
     if "ppl_soft" in measured:
         record["hard_over_soft"] = measured["ppl_hard"] / measured["ppl_soft"]
@@ -174,6 +179,20 @@ def _tune(recipe: Recipe, trained: TrainedModel, batches: Batches) -> None:
 
 def _rounded(value: Any) -> Any:
     return [round(x, 4) for x in value] if isinstance(value, list) else round(value, 4)
+
+
+def _tune_boundaries(
+    recipe: Recipe, trained: TrainedModel, tokenizer: PreTrainedTokenizerBase, length: int
+) -> dict[str, Any]:
+    """The profile of ACC-style gates, measured on the beginning of the training text."""
+    told, keep = recipe.told_boundaries, recipe.objective.keep
+    assert keep is not None
+    text = recipe.data.model_copy(update={"held_out": recipe.data.train})
+    windows = held_out_windows(text, tokenizer, length, told.calibration_tokens)
+    found = tune_boundaries(trained.gated, windows, told, keep)
+    if ranks.is_main():
+        print(json.dumps({"profile": {k: _rounded(v) for k, v in found.items()}}), flush=True)
+    return found
 
 
 def export(

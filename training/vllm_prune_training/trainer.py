@@ -156,7 +156,7 @@ class GateTrainer(ShardedTrainer):
         return float(self.state.global_step / self.recipe.training.steps)
 
     def knobs(self, progress: float) -> torch.Tensor:
-        """alpha, gamma, the target of the closed fraction and the leak: float32 [4]."""
+        """alpha, gamma, the target of the closed fraction and the leak, or what a method has in their place: float32 [4]."""
         objective, method = self.recipe.objective, self.recipe.gate.method
         alpha = alpha_at(objective.alpha, progress, self.beta) if method == "dcp" else 0.0
         if method == "ltp_prompt":
@@ -165,6 +165,11 @@ class GateTrainer(ShardedTrainer):
             alpha = self.recipe.told_prompts.strength_at(self.recipe.training.seed, self.state.global_step)
         closed = closed_at(objective, progress) if method == "dms" else 0.0
         leak = leak_at(objective, progress) if method == "dcp" else 0.0
+        if method == "ltp":
+            alpha = float(progress >= self.recipe.told_boundaries.hard_from)
+            closed = 0.0 if objective.keep is None else keep_at(objective, progress)
+        elif method == "acc":
+            alpha = self.recipe.told_boundaries.strength_at(self.recipe.training.seed, self.state.global_step)
         return torch.tensor([alpha, self.controller.gamma, closed, leak], device=self.args.device)
 
     def compute_loss(
@@ -208,17 +213,17 @@ class GateTrainer(ShardedTrainer):
                     f"The last good checkpoint in {self.work} is kept. Lower the learning rates, or use fp32.",
                 )
         progress, objective = self.progress, self.recipe.objective
-        if self.recipe.gate.method == "ltp_prompt" and progress < self.recipe.told_prompts.hard_from:
+        method = self.recipe.gate.method
+        hard_from = {"dcp": 2.0, "ltp": self.recipe.told_boundaries.hard_from,
+                     "ltp_prompt": self.recipe.told_prompts.hard_from}.get(method, 0.0)  # fmt: skip
+        if progress < hard_from:
             stats["gamma"] = self.controller.gamma
+            if method == "dcp":
+                stats["alpha"] = alpha_at(objective.alpha, progress, self.beta)
             if objective.keep is not None:
                 stats["target_keep"] = keep_at(objective, progress)
             self.controller.update(stats["kept"], progress)
-        elif self.recipe.gate.method == "dcp":
-            stats["alpha"], stats["gamma"] = alpha_at(objective.alpha, progress, self.beta), self.controller.gamma
-            if objective.keep is not None:
-                stats["target_keep"] = keep_at(objective, progress)
-            self.controller.update(stats["kept"], progress)
-        elif self.recipe.gate.method == "dms":
+        elif method == "dms":
             stats["target_closed"] = closed_at(objective, progress)
         self.stats = stats
 
@@ -231,7 +236,7 @@ class GateTrainer(ShardedTrainer):
         model.eval()
         result: dict[str, float] = {}
         size = max(1, self.recipe.training.batch_tokens // self.windows.shape[1])
-        modes = {"none": ("open",), "acc_prompt": ("open", "hard")}.get(
+        modes = {"none": ("open",), "acc": ("open", "hard"), "acc_prompt": ("open", "hard")}.get(
             self.recipe.gate.method, ("open", "soft", "hard")
         )
         for mode in modes:

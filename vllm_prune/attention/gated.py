@@ -90,8 +90,9 @@ class GatedAttention(Attention):
             self.impl.rule = rule_of(self.drop_gate, self.section)  # type: ignore[attr-defined,arg-type]
 
     def features(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Gate features [T, F] of the layer's normed input [T, D_model]; None when gates are open or route tokens."""
-        if self.drop_gate is None or self.serving.routes:
+        """Gate features [T, F] of the layer's normed input [T, D_model]; None when gates are open, route tokens, or have
+        none."""
+        if self.drop_gate is None or self.serving.routes or not self.drop_gate.num_features:
             return None
         dtype = torch.float32 if self.section.dtype == "float32" else x.dtype
         return self.drop_gate(x.to(dtype)).to(self.kv_cache_torch_dtype)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -80,6 +81,8 @@ class BoundaryGate(Gate):
 
     reveal: ClassVar[Reveal] = Reveal.AT_BOUNDARY
     scope: Scope = Scope.LAYER
+    watcher: Callable[[torch.Tensor], None] | None = None
+    """Told what each key received, [B, T], whenever a masked model has walked a batch (calibration)."""
 
     @property
     def num_features(self) -> int:
@@ -100,7 +103,12 @@ class BoundaryGate(Gate):
 
 
 def hard_walk(rule: BoundaryRule, query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
-    """Expiries of whole sequences, segment by segment.
+    """Expiries of whole sequences: the first of ``walk``'s results."""
+    return walk(rule, query, key, scale)[0]
+
+
+def walk(rule: BoundaryRule, query: torch.Tensor, key: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Expiries and attention received of whole sequences, segment by segment.
 
     Args:
         rule: of the layer.
@@ -108,7 +116,7 @@ def hard_walk(rule: BoundaryRule, query: torch.Tensor, key: torch.Tensor, scale:
         scale: of the logits.
 
     Returns:
-        int64 [B, 1, T], NEVER where nothing dropped the key.
+        int64 [B, 1, T], NEVER where nothing dropped the key, and mass float64 [B, T] while it was there.
     """
     b, heads, t, d = query.shape
     h = key.shape[1]
@@ -131,7 +139,7 @@ def hard_walk(rule: BoundaryRule, query: torch.Tensor, key: torch.Tensor, scale:
         weights = logits.masked_fill_(hidden[:, None, None], -math.inf).softmax(dim=-1).sum(dim=(1, 2))  # [B, R, S]
         counts = (distance > 0) & (distance <= rule.span) if rule.span else distance > 0
         mass[:, :stop] += (weights.double() * (seen[..., None].double() / heads) * counts).sum(dim=1)
-    return expiry[:, None]
+    return expiry[:, None], mass
 
 
 def naive_walk(rule: BoundaryRule, query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:

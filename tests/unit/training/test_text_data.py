@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from training_runs import plain_recipe, recipe_of, write_texts
 from transformers import PreTrainedTokenizerBase
-from vllm_prune_training.recipe import Data, Source, Tasks, Training
+from vllm_prune_training.data_recipe import Data, Source, Tasks
+from vllm_prune_training.recipe import Training
 from vllm_prune_training.text_data import Batches, Stream, held_out_windows
 from vllm_prune_training.text_files import documents, find_files, inspect
 from vllm_prune_training.tokenizer import train_tokenizer

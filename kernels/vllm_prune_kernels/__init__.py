@@ -1,0 +1,1 @@
+"""Triton kernels, each with its naive twin in the same file. Importing a kernel needs Triton, the package itself does not."""
