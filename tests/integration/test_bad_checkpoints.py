@@ -183,7 +183,7 @@ def test_section_not_an_object(folder, value, kind):
 SECTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "unknown_method": (
         {"method": "dreams"},
-        ["drop_gate.method 'dreams' is unknown", "Known methods: acc, dcp, dms, ltp"],
+        ["drop_gate.method 'dreams' is unknown", "Known methods: acc, acc_prompt, dcp, "],
     ),
     "method_of_other_type": ({"method": 7}, ["'drop_gate.method' is invalid"]),
     "no_method": ({"method": None}, ["'drop_gate.method' is invalid"]),
