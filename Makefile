@@ -60,7 +60,7 @@ claims: $(STAMP)
 	$(BIN)/python benchmarks/claims.py --json benchmarks/results/claims.json
 
 # torch first, from its CPU build where one is offered; vLLM's CPU build without the requirements that have none.
-$(STAMP): requirements/cpu.txt requirements/lm-eval.txt requirements/vllm-meta/pyproject.toml pyproject.toml vllm_prune/cache/lanes.c vllm_prune/cache/steps.c vllm_prune/cache/request.c vllm_prune/cache/boundary.c vllm_prune/cache/lanes.h
+$(STAMP): requirements/cpu.txt requirements/lm-eval.txt requirements/vllm-meta/pyproject.toml pyproject.toml vllm_prune/cache/lanes.c vllm_prune/cache/steps.c vllm_prune/cache/request.c vllm_prune/cache/boundary.c vllm_prune/cache/lanes.h vllm_prune/compute/sparse.c
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q torch==2.13.0
 	$(BIN)/python -m pip install -q -r requirements/cpu.txt

@@ -64,6 +64,8 @@ def random_gates(config: Any, method: str, seed: int = 0, **params: Any) -> list
             for weight in gate.parameters():  # a predictor's: what it says must depend on what it reads
                 if weight.ndim == 2:
                     torch.nn.init.normal_(weight, std=3.0 / weight.shape[1] ** 0.5)
+                    with torch.no_grad():
+                        weight -= weight.mean(1, keepdim=True)
             if isinstance(gate, LTPGate):  # layer 0 would start at 0, and keep all
                 gate.theta.data.fill_(gate.final)
             elif isinstance(gate, ACCGate):

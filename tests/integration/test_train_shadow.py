@@ -27,7 +27,7 @@ def test_from_a_base_to_a_served_folder(tmp_path: Path, monkeypatch, capsys) -> 
     assert train_command(RECIPE, settings(tmp_path), resume=True) == 0
     folder = tmp_path / "gated"
     record = json.loads((folder / "record.json").read_text())
-    assert -1 <= record["predictor"]["spearman"] <= 1 and record["held_out"]["ppl_open"] > 1
+    assert -1 <= record["predictors"]["heads"]["spearman"] <= 1 and record["held_out"]["ppl_open"] > 1
     assert "closed as served" in (folder / "README.md").read_text()
     with pytest.raises(PruneError, match="is there already"):
         train_command(RECIPE, settings(tmp_path), resume=True)
@@ -63,6 +63,7 @@ def load_ids(folder: Path) -> list[int]:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        ("gate.params.neurons=64", r"params\.neurons follows from the base"),
         ("gate.params.width=64", r"params\.width follows from the base"),
         ("gate.params.closed=2", r"closed must be a share"),
         ("gate.method=dms", r"Input should be"),
@@ -86,3 +87,20 @@ def test_an_ordinary_recipe_with_shadow_is_refused(tmp_path: Path, monkeypatch) 
     monkeypatch.chdir(ROOT)
     with pytest.raises(PruneError, match="give a section shadow"):
         train_command(ROOT / "examples/recipes/dms-tiny.yaml", ["gate.method=shadow", "gate.params={}"], resume=True)
+
+
+def test_the_token_form_is_served_as_trained(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    recipe = ROOT / "examples/recipes/shadow-token-tiny.yaml"
+    assert train_command(recipe, settings(tmp_path, "shadow.epochs=5"), resume=True) == 0
+    folder = tmp_path / "gated"
+    assert {"heads", "neurons"} == set(json.loads((folder / "record.json").read_text())["predictors"])
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = "float32"
+    (folder / "config.json").write_text(json.dumps(config))
+    with engine(folder, max_model_len=256) as llm:
+        (output,) = generate(llm, [{"prompt_token_ids": load_ids(folder)[:100]}], tokens=12)
+    ids = [*output.prompt_token_ids, *output.outputs[0].token_ids]
+    with torch.no_grad():
+        logits = load_gated(folder, torch.float32)(torch.tensor(ids), "hard", prompt=100).logits
+    assert logits[99:-1].argmax(-1).tolist() == list(output.outputs[0].token_ids)

@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vllm_prune.config import DropGateConfig, find_gate_file, load_gates, parse_drop_gate
 from vllm_prune.errors import PruneError
-from vllm_prune.gates import NEVER, BoundaryGate, Gate, Reveal, expiry_mask
+from vllm_prune.gates import NEVER, BoundaryGate, Gate, Reveal, ShadowTokenGate, expiry_mask
 from vllm_prune.gates.borrowed import without_borrowed
 from vllm_prune.gates.routing import RoutingGate
 from vllm_prune.gates.shadow import closed_expiry
@@ -34,6 +34,7 @@ from .boundaries import Walk
 from .families import attention_modules
 from .prompt_pass import PromptPass, start_prompts
 from .routed import Decide, RoutedLayers, Routes
+from .shadow.twin import TokenTwin
 
 ATTENTION = "vllm_prune_masked"
 Mode = Literal["soft", "hard", "open"]
@@ -167,6 +168,7 @@ class GatedModel(nn.Module):
         self._strength = section.strength
         self._prompt: int | None = None
         self._per_request = gates[0].reveal is Reveal.PER_REQUEST
+        self.token_twin = TokenTwin(model, gates[0]) if isinstance(gates[0], ShadowTokenGate) else None
         self.calls[0].watched = self._per_request
         self._features: list[torch.Tensor] = []
         self._found: list[torch.Tensor] = []
@@ -304,9 +306,10 @@ class GatedModel(nn.Module):
         Raises:
             PruneError: gates that decide at the prompt's end are not told where it is, or have no soft form.
         """
-        if self._per_request and mode == "hard" and (not isinstance(prompt, int) or prompt < 1):
+        tells = self._per_request or self.token_twin is not None
+        if tells and mode == "hard" and (not isinstance(prompt, int) or prompt < 1):
             raise PruneError(
-                f"gates of method '{self.section.method}' decide at the prompt's end, which is not given (prompt={prompt}).",
+                f"gates of method '{self.section.method}' need the prompt's end, which is not given (prompt={prompt}).",
                 "This measurement knows texts without prompts; see docs/methods.md for the method's own.",
             )
         if mode == "soft" and not self.gates[0].softens:
@@ -314,6 +317,9 @@ class GatedModel(nn.Module):
         self._prompt = prompt if isinstance(prompt, int) else None
         self._mode, self._soft, self._perturb = mode, soft, perturb
         self._strength = self.section.strength if strength is None else strength
+        if self.token_twin is not None:
+            self.token_twin.prompt = prompt if mode == "hard" else None
+            self.token_twin.strength = self._strength
         self._features, self._found, self._kept, self._collect = [], [], [], collect
         batch = input_ids if input_ids.ndim == 2 else input_ids[None]
         lean_again = self.visibility == "lean" and torch.is_grad_enabled()

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vllm_prune.cache.lanes import LaneStore
     from vllm_prune.gates.shadow import ShadowGate
     from vllm_prune.models.routing import Router
+    from vllm_prune.models.sparse import Chooser
 
 
 class PruneCPUImpl(AttentionImpl):
@@ -69,6 +70,7 @@ class PruneCPUImpl(AttentionImpl):
         self.rule: Rule | None = None
         self.router: Router | None = None
         self.boundaries: BoundarySteps | None = None
+        self.chooser: Chooser | None = None
 
     def attach(self, state: WorkerState, index: int) -> None:
         self.state, self.index, self.serving = state, index, state.serving
@@ -280,7 +282,7 @@ class PruneCPUImpl(AttentionImpl):
             parts = [_by_lane(query[f : f + c], heads) for _, f, c in rows]
             lane_query = parts[0] if len(parts) == 1 else torch.cat(parts)
             lane_out = torch.empty_like(lane_query)
-        some = self._some_lanes(plan)
+        some = self._some_lanes(plan, m)
         if some is None:
             # With open gates and no router all layers have equal lengths.
             if plan.schedule is None or self.rule is not None or self.router is not None:
@@ -300,12 +302,16 @@ class PruneCPUImpl(AttentionImpl):
                 output[first : first + count].view(count, heads, group, size).copy_(part.transpose(0, 1))
                 at += count * heads
 
-    def _some_lanes(self, plan: LanePlan) -> SomeLanes | None:
-        """The lanes that hold keys where some hold none, which vLLM's kernel does not take; None for all of them."""
-        if not isinstance(self.rule, RequestRule):
-            return None
-        held = plan.lengths > 0
-        return None if bool(held.all()) else pick_lanes(plan, held)
+    def _some_lanes(self, plan: LanePlan, m: PruneAttentionMetadata) -> SomeLanes | None:
+        """The lanes to attend to where some hold no key, which vLLM's kernel does not take, or were not chosen by single
+        tokens (of chunks the output is masked); None for all of them."""
+        chosen = None
+        if isinstance(self.rule, RequestRule):
+            chosen = plan.lengths > 0
+        elif self.chooser is not None and (choice := m.notes.get("shadow")) is not None:
+            rows = [choice.groups[int(first), self.index] | bool(count > 1) for _, first, count in plan.rows]
+            chosen = torch.cat(rows)
+        return None if chosen is None or bool(chosen.all()) else pick_lanes(plan, chosen)
 
     def _schedule(self, lengths: torch.Tensor, starts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return ops.cpu_attn_get_scheduler_metadata(  # type: ignore[no-any-return]

@@ -86,13 +86,13 @@ class GatedAttention(Attention):
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         super().process_weights_after_loading(act_dtype)
-        if self.drop_gate is not None and not self.serving.routes:
+        if self.drop_gate is not None and self.serving.ruled:
             self.impl.rule = rule_of(self.drop_gate, self.section)  # type: ignore[attr-defined,arg-type]
 
     def features(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Gate features [T, F] of the layer's normed input [T, D_model]; None when gates are open, route tokens, or have
-        none."""
-        if self.drop_gate is None or self.serving.routes or not self.drop_gate.num_features:
+        """Gate features [T, F] of the layer's normed input [T, D_model]; None when gates are open, skip computation instead,
+        or have none."""
+        if self.drop_gate is None or not self.serving.ruled or not self.drop_gate.num_features:
             return None
         dtype = torch.float32 if self.section.dtype == "float32" else x.dtype
         return self.drop_gate(x.to(dtype)).to(self.kv_cache_torch_dtype)
@@ -114,7 +114,7 @@ class GatedAttention(Attention):
         return output
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        dense = self.serving.reveal in (None, Reveal.PER_REQUEST)  # the latter while its prompt is computed
+        dense = self.serving.reveal in (None, Reveal.NONE, Reveal.PER_REQUEST)  # the last until its prompt ends
         return PruneSpec(
             block_size=vllm_config.cache_config.block_size,
             num_kv_heads=self.num_kv_heads,

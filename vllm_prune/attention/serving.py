@@ -40,6 +40,11 @@ class ServedGate:
     routes: bool = False
     whole_prompt: bool = False
 
+    @property
+    def ruled(self) -> bool:
+        """Whether attention itself has something to drop; the other methods skip computation around it."""
+        return not self.routes and self.reveal not in (None, Reveal.NONE)
+
     @classmethod
     def of(cls, section: DropGateConfig) -> ServedGate:
         if section.strength == 0.0:

@@ -21,10 +21,12 @@ from vllm_prune.gates.ltp_prompt import LTPPromptGate
 from vllm_prune.gates.prompt import PromptGate
 from vllm_prune.gates.random_drop import RandomGate
 from vllm_prune.gates.shadow import ShadowGate
+from vllm_prune.gates.shadow_token import ShadowTokenGate
 from vllm_prune.gates.window import WindowGate
 
 _METHODS: tuple[type[Gate], ...] = (
-    DCPGate, DMSGate, LTPGate, LTPPromptGate, ACCGate, ACCPromptGate, WindowGate, RandomGate, ShadowGate, FTPGate,
+    DCPGate, DMSGate, LTPGate, LTPPromptGate, ACCGate, ACCPromptGate, WindowGate, RandomGate, ShadowGate, ShadowTokenGate,
+    FTPGate,
 )  # fmt: skip
 
 GATES: dict[str, type[Gate]] = {gate.method: gate for gate in _METHODS}
@@ -50,6 +52,7 @@ __all__ = [
     "Reveal",
     "Scope",
     "ShadowGate",
+    "ShadowTokenGate",
     "WindowGate",
     "decision_shift",
     "expiry_mask",

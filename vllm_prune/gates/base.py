@@ -33,6 +33,7 @@ class Reveal(StrEnum):
     BY_QUERY = "by_query"
     AT_BOUNDARY = "at_boundary"
     PER_REQUEST = "per_request"
+    NONE = "none"  # no key ever expires: the method skips computation alone
 
 
 class Scope(StrEnum):

@@ -141,6 +141,7 @@ class ShadowGate(Gate):
         groups = (self.shape.num_layers, self.shape.num_kv_heads, -1)
         return self.predictor(attended).float().unflatten(-1, groups).sum(-1)  # type: ignore[no-any-return]
 
+    @torch.no_grad()
     def close(self, attended: torch.Tensor, strength: float) -> torch.Tensor:
         """Which lanes close for a request.
 

@@ -25,6 +25,7 @@ from vllm_prune.config import (
     server_options,
 )
 from vllm_prune.errors import PruneError
+from vllm_prune.gates import Reveal
 from vllm_prune.models.whole_prompt import need_whole_prompts
 
 if TYPE_CHECKING:
@@ -80,21 +81,19 @@ def warn_if_unsafe(section: DropGateConfig) -> None:
         )  # fmt: skip
 
 
-def prepare_routing(vllm_config: VllmConfig, section: DropGateConfig) -> None:
-    """What methods need whose layers run on a subset of the tokens.
+def prepare_skipping(vllm_config: VllmConfig, section: DropGateConfig) -> None:
+    """What methods need whose layers run on a subset of the tokens, or tokens on a subset of heads and neurons.
 
     Raises:
         PruneError: the base is served by the generic class, whose layers cannot be bypassed.
     """
     if GENERIC_ARCHITECTURE in (vllm_config.model_config.hf_config.architectures or ()):
         raise PruneError(
-            f"{section.method} makes layers run on some of the tokens only, which the generic class cannot do.",
+            f"{section.method} skips part of the computation of layers, which the generic class cannot do.",
             "Serve a Qwen3 or Llama base with it, or train another method for this base.",
         )
     if not vllm_config.model_config.enforce_eager:
-        logger.info(
-            "vllm-prune: torch.compile is switched off: how many tokens a layer runs on is known at run time only"
-        )
+        logger.info("vllm-prune: torch.compile is switched off: how much a layer computes is known at run time only")
         vllm_config.model_config.enforce_eager = True
 
 
@@ -111,8 +110,8 @@ class GatedModelConfig(VerifyAndUpdateConfig):
         load_gates(gate_file, section)
         check_calibration(gate_file, section)
         served = ServedGate.of(section)
-        if served.routes:
-            prepare_routing(vllm_config, section)
+        if served.routes or served.reveal is Reveal.NONE:
+            prepare_skipping(vllm_config, section)
         if served.whole_prompt:
             need_whole_prompts(vllm_config, section.method)
         cache = vllm_config.cache_config

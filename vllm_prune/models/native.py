@@ -17,7 +17,9 @@ from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, 
 from vllm.model_executor.models.qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3ForCausalLM
 
 from vllm_prune.attention.gated import GatedAttention
-from vllm_prune.gates import PromptGate
+from vllm_prune.attention.serving import ServedGate
+from vllm_prune.config import served_section
+from vllm_prune.gates import PromptGate, Reveal
 from vllm_prune.gates.routing import RoutingGate
 from vllm_prune.models.loading import load_gate_weights, without_gates
 from vllm_prune.models.prompt_router import PromptRouter
@@ -126,6 +128,11 @@ class GatedModelMixin:
         router = router_of(self)  # type: ignore[arg-type]
         if router is not None:
             route_layers(self, router)  # type: ignore[arg-type]
+        section = served_section(self._vllm_config)
+        if ServedGate.of(section).reveal is Reveal.NONE:
+            from vllm_prune.models.sparse import make_sparse
+
+            self.chooser = make_sparse(self, section.strength)  # type: ignore[arg-type]
         return loaded  # type: ignore[no-any-return]
 
 

@@ -117,7 +117,7 @@ def test_masks_are_what_the_request_form_serves():
         for index in range(3):  # a text's decision is its own
             torch.testing.assert_close(twin(ids[index], "hard", prompt=P).expiry, found.expiry[index])
     assert plain.shape == (3,) and bool((plain > 0).all())
-    for options, said in (({}, "prompt's end, which is not given"), ({"prompt": 0}, "not given")):
+    for options, said in (({}, "the prompt's end, which is not given"), ({"prompt": 0}, "not given")):
         with pytest.raises(PruneError, match=said):
             twin(ids, "hard", **options)
     with pytest.raises(PruneError, match="no soft form"):

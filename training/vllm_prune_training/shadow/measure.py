@@ -64,8 +64,12 @@ def continuation_nll(
     """
     with masked(model, prompt, heads, neurons):
         hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    logits = model.get_output_embeddings()(hidden[:, prompt:-1]).float()
-    each = cross_entropy(logits.flatten(0, 1), ids[:, prompt + 1 :].flatten(), reduction="none")
+    return nll_after(model.get_output_embeddings()(hidden), ids, prompt)
+
+
+def nll_after(logits: torch.Tensor, ids: torch.Tensor, prompt: int) -> torch.Tensor:
+    """The same from logits [B, T, V] of a whole pass."""
+    each = cross_entropy(logits[:, prompt:-1].float().flatten(0, 1), ids[:, prompt + 1 :].flatten(), reduction="none")
     return each.view(ids.shape[0], -1).mean(1)
 
 

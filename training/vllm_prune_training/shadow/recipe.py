@@ -8,23 +8,24 @@ from pydantic import Field, model_validator
 
 from ..recipe import Count, Data, NotNegative, Part, Positive, Text
 
-METHODS = ("shadow",)
+SIZES = ("query_heads", "width", "neurons")
+"""Parameters of the gates that follow from the base."""
 
 
 class ShadowGateRecipe(Part):
     """Which gates.
 
     Attributes:
-        method: shadow.
+        method: shadow (whole lanes close at the prompt's end) or shadow_token (each token skips heads and neurons).
         params: of the gate class, without the sizes that follow from the base.
     """
 
-    method: Literal["shadow"]
+    method: Literal["shadow", "shadow_token"]
     params: dict[str, int | float | str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check(self) -> ShadowGateRecipe:
-        sizes = sorted({"query_heads", "width"} & set(self.params))
+        sizes = sorted(set(SIZES) & set(self.params))
         if sizes:
             raise ValueError(f"params.{sizes[0]} follows from the base: leave it out")
         return self

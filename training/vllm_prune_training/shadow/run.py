@@ -23,24 +23,27 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from vllm_prune.checkpoint import save_gates
 from vllm_prune.config import DropGateConfig
 from vllm_prune.errors import PruneError
-from vllm_prune.gates import ShadowGate
+from vllm_prune.gates import Gate, ShadowGate, ShadowTokenGate
 from vllm_prune.gates.shadow import close_lowest
 
 from ..build import base_config
 from ..checkpoints import SaveFailed, publish, put_aside
 from ..export import ExportOptions, export
 from ..families import gate_shape
+from ..masked import GatedModel
 from ..provenance import git_commit
 from ..recipe import Training
 from ..recipe_file import differences
 from ..text_data import Batches, held_out_windows
 from ..train import VERSIONS, Outcome, check_data
 from .criteria import Traces, places, trace
-from .measure import attended_at, continuation_nll
+from .measure import attended_at, continuation_nll, nll_after
 from .predictor import Fit, fit, scaled_targets, split
 from .recipe import ShadowRecipe
 
 TRACES = "traces.safetensors"
+PREDICTORS = {"heads": "predictor", "neurons": "neuron_predictor"}
+"""Where layer 0's gate has the predictor of a kind of structures."""
 
 
 def run(recipe: ShadowRecipe, resume: bool = True) -> Outcome:
@@ -72,20 +75,23 @@ def run(recipe: ShadowRecipe, resume: bool = True) -> Outcome:
     if traces is None:
         traces = trace_all(recipe, model, tokenizer)
         save_traces(traces, recipe, data, work)
-    found = fit_heads(recipe, traces, section)
-    gates: list[ShadowGate] = section.build_gates()  # type: ignore[assignment]
-    assert gates[0].predictor is not None
-    gates[0].predictor.load_state_dict(found.predictor.state_dict())
-    measured = measure(recipe, model, tokenizer, gates[0], traces)
-    say({"spearman": found.rho, "static": found.static, **measured})
+    found = fit_all(recipe, traces, section)
+    gates = section.build_gates()
+    for name, one in found.items():
+        getattr(gates[0], PREDICTORS[name]).load_state_dict(one.predictor.state_dict())
+    quality = {
+        name: {"loss": one.loss, "spearman_train": one.rho_train, "spearman": one.rho, "spearman_static": one.static}
+        for name, one in found.items()
+    }
+    measured = measure(recipe, model, tokenizer, gates, section, traces)
+    say({**{f"{name}_spearman": row["spearman"] for name, row in quality.items()}, **measured})
     record = {
         "recipe": recipe.model_dump(by_alias=True), "git_commit": git_commit(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in VERSIONS}, "python": platform.python_version(),
         "threads": torch.get_num_threads(), "data": data, "samples": recipe.shadow.samples,
         "seconds_this_process": round(time.time() - started, 1),
-        "predictor": {"loss": found.loss, "spearman_train": found.rho_train, "spearman": found.rho,
-                      "spearman_static": found.static}, "held_out": measured,
+        "predictors": quality, "held_out": measured,
     }  # fmt: skip
     write(recipe, gates, section, record, work)
     return Outcome(output, work, recipe.shadow.samples)
@@ -100,12 +106,17 @@ def section_of(recipe: ShadowRecipe, config: Any) -> DropGateConfig:
     shape = gate_shape(config)
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    sizes = {"query_heads": heads, "width": width}
+    if recipe.gate.method == "shadow_token":
+        sizes["neurons"] = getattr(config, "intermediate_size", 0)
     section = DropGateConfig(
-        method=recipe.gate.method, params={"query_heads": heads, "width": width, **recipe.gate.params},
+        method=recipe.gate.method, params={**sizes, **recipe.gate.params},
         num_layers=shape.num_layers, num_kv_heads=shape.num_kv_heads, hidden_size=shape.hidden_size, dtype="float32",
     )  # fmt: skip
     with torch.device("meta"):
-        section.build_gates()
+        misfit = section.build_gates()[0].misfit(config)
+    if misfit is not None:
+        raise PruneError(misfit, "Use another base.")
     if shape.num_layers < 2:
         raise PruneError("the base has one layer, which stays dense.", "ShadowLLM needs a deeper one.")
     return section
@@ -174,48 +185,76 @@ def load_traces(recipe: ShadowRecipe, data: list[dict[str, Any]], work: Path) ->
     return traces
 
 
-def fit_heads(recipe: ShadowRecipe, traces: Traces, section: DropGateConfig) -> Fit:
-    """The predictor of all layers' heads, from layer 0's attention output. Raises PruneError when the loss is no number."""
-    s = recipe.shadow
-    target = scaled_targets(traces.target("heads", s.criterion), s.scale)
-    gate = section.build_gate()
-    assert isinstance(gate, ShadowGate)
+def fit_all(recipe: ShadowRecipe, traces: Traces, section: DropGateConfig) -> dict[str, Fit]:
+    """Predictors of all layers' heads, and of neurons where the gates want them, from layer 0's attention output.
+
+    Raises:
+        PruneError: a loss is no number.
+    """
+    s, params = recipe.shadow, section.build_gate()
+    rows = split(s.samples, s.held_out, s.seed)
+    heads = scaled_targets(traces.target("heads", s.criterion), s.scale)
+    tasks = {"heads": (heads.flatten(1), params.hidden, heads.shape[2])}  # layer 0 is predicted, never chosen
+    if isinstance(params, ShadowTokenGate):
+        neurons = scaled_targets(traces.target("neurons", s.criterion), s.scale)
+        tasks["neurons"] = (neurons[:, 1:].flatten(1), params.neuron_hidden, 0)
     try:
-        return fit(
-            traces.attended[:, 0], target.flatten(1), gate.hidden, split(s.samples, s.held_out, s.seed),
-            epochs=s.epochs, batch=s.batch, lr=s.lr, weight_decay=s.weight_decay, seed=s.seed, since=target.shape[2],
-        )  # fmt: skip
+        return {
+            name: fit(traces.attended[:, 0], target, hidden, rows, epochs=s.epochs, batch=s.batch, lr=s.lr,
+                      weight_decay=s.weight_decay, seed=s.seed, since=since)
+            for name, (target, hidden, since) in tasks.items()
+        }  # fmt: skip
     except FloatingPointError as error:
         raise PruneError(f"{error}.", "Lower shadow.lr.") from None
 
 
 def measure(
-    recipe: ShadowRecipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, gate: ShadowGate, traces: Traces
-) -> dict[str, Any]:
-    """Perplexity of held-out continuations: open, as served, and with as many lanes closed by two rules that do not
-    look at the text: the mean criterion of the traced samples (static), and chance."""
-    s = recipe.shadow
+    recipe: ShadowRecipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, gates: list[Gate],
+    section: DropGateConfig, traces: Traces,
+) -> dict[str, Any]:  # fmt: skip
+    """Perplexity of held-out continuations: open, as served, and with as much closed by two rules that do not look at the
+    text: the mean criterion of the traced samples (static), and chance."""
+    s, gate = recipe.shadow, gates[0]
+    assert isinstance(gate, ShadowGate | ShadowTokenGate)
     length = s.prompt + s.continuation
     windows = held_out_windows(recipe.data, tokenizer, length, s.windows * length)
     heads, group = gate.shape.num_kv_heads, gate.query_heads // gate.shape.num_kv_heads
     mean = scaled_targets(traces.target("heads", s.criterion), s.scale).mean(0).unflatten(-1, (heads, group)).sum(-1)
+    mean_neurons = scaled_targets(traces.target("neurons", s.criterion), s.scale).mean(0)
     rng = torch.Generator().manual_seed(s.seed)
-    rows: dict[str, list[torch.Tensor]] = {"open": [], "shadow": [], "static": [], "random": []}
+    rows: dict[str, list[torch.Tensor]] = {"open": [], "static": [], "random": [], "shadow": []}
+    closed = []
     for part in windows.split(s.trace_batch):
-        closed = torch.stack([gate.close(row, 1.0) for row in attended_at(model, part, s.prompt)])
-        count = int(closed[0].sum())
-        chance = torch.rand(part.shape[0], *mean.shape, generator=rng)
-        choices = {
-            "open": None, "shadow": closed,
-            "static": _closed(mean[None].expand(part.shape[0], -1, -1), count, gate.least),
-            "random": _closed(chance, count, gate.least),
-        }  # fmt: skip
-        for name, choice in choices.items():
-            kept = None if choice is None else ~choice.repeat_interleave(group, dim=2)
-            rows[name].append(continuation_nll(model, part, s.prompt, kept))
-    share = float(closed.float().mean())
+        attended = attended_at(model, part, s.prompt)
+        rows["open"].append(continuation_nll(model, part, s.prompt))
+        if isinstance(gate, ShadowGate):
+            lanes = torch.stack([gate.close(row, 1.0) for row in attended])
+            shut = 0
+            rows["shadow"].append(continuation_nll(model, part, s.prompt, ~lanes.repeat_interleave(group, dim=2)))
+        else:
+            lanes = ~gate.choose(attended, 1.0)[0]
+            shut = int(gate.closed_neurons * gate.neurons + 1e-6)
+        closed.append(lanes)
+        for name in ("static", "random"):
+            scores, neurons = (
+                x.expand(part.shape[0], *x.shape) if name == "static" else torch.rand(part.shape[0], *x.shape, generator=rng)
+                for x in (mean, mean_neurons)
+            )  # fmt: skip
+            kept = ~_closed(scores, int(lanes[0].sum()), gate.least).repeat_interleave(group, dim=2)
+            some = None
+            if shut:
+                some = neurons > neurons.kthvalue(shut, dim=-1, keepdim=True).values
+                some[:, 0] = True
+            rows[name].append(continuation_nll(model, part, s.prompt, kept, some))
+    if isinstance(gate, ShadowTokenGate):
+        twin = GatedModel(model, gates, section).eval()
+        with torch.no_grad():
+            for part in windows.split(s.trace_batch):
+                rows["shadow"].append(nll_after(twin(part, "hard", prompt=s.prompt).logits, part, s.prompt))
     return {
-        "windows": len(windows), "prompt": s.prompt, "continuation": s.continuation, "lanes_closed": share,
+        "windows": len(windows), "prompt": s.prompt, "continuation": s.continuation,
+        "lanes_closed": float(torch.cat(closed).float().mean()),
+        "neurons_closed": getattr(gate, "closed_neurons", 0.0) * (1 - 1 / gate.shape.num_layers),
         **{f"ppl_{name}": math.exp(float(torch.cat(found).mean())) for name, found in rows.items()},
     }  # fmt: skip
 
@@ -228,14 +267,12 @@ def _closed(scores: torch.Tensor, count: int, least: int) -> torch.Tensor:
     return closed
 
 
-def write(
-    recipe: ShadowRecipe, gates: list[ShadowGate], section: DropGateConfig, record: dict[str, Any], work: Path
-) -> None:
+def write(recipe: ShadowRecipe, gates: list[Gate], section: DropGateConfig, record: dict[str, Any], work: Path) -> None:
     """The finished folder, in one step. Raises SaveFailed."""
     output = Path(recipe.output)
     made = output.with_name(output.name + ".unfinished")
     shutil.rmtree(made, ignore_errors=True)
-    brief = {key: record[key] for key in ("git_commit", "versions", "samples", "predictor", "held_out")}
+    brief = {key: record[key] for key in ("git_commit", "versions", "samples", "predictors", "held_out")}
     section = section.model_copy(update={"provenance": brief})
     try:
         file = work / "drop_gate.safetensors"
@@ -255,19 +292,22 @@ def write(
 
 def readme(record: dict[str, Any], section: DropGateConfig) -> str:
     """README.md of the folder."""
-    held, predictor = record["held_out"], record["predictor"]
+    held = record["held_out"]
+    ranks = ", ".join(
+        f"{name} {row['spearman']:.3f} (of their mean: {row['spearman_static']:.3f})"
+        for name, row in record["predictors"].items()
+    )
     return "\n".join([
         "# Trained by vllm-prune: ShadowLLM (arXiv 2406.16635)", "",
-        "The base's weights, unchanged, and a predictor of which heads a text does without; served by `vllm serve` where",
+        "The base's weights, unchanged, and predictors of what a text does without; served by `vllm serve` where",
         "vllm-prune is installed.", "",
         f"- Gates: {section.method}, parameters {json.dumps(dict(section.params))}",
-        f"- Learned from {record['samples']} traced texts; rank correlation on held-out ones {predictor['spearman']:.3f}, of "
-        f"their mean {predictor['spearman_static']:.3f}",
+        f"- Learned from {record['samples']} traced texts; rank correlation on held-out ones: {ranks}",
         f"- Recipe, data hashes, versions: `record.json`; commit {str(record['git_commit'])[:12]}", "",
         f"Held-out text, {held['windows']} windows, {held['continuation']} tokens after a prompt of {held['prompt']}, "
-        f"{held['lanes_closed']:.0%} of all lanes closed there:", "",
+        f"{held['lanes_closed']:.0%} of all KV heads and {held['neurons_closed']:.0%} of all neurons closed there:", "",
         "| | perplexity |", "|---|---|",
         *(f"| {name} | {held[f'ppl_{key}']:.3f} |" for key, name in (
-            ("open", "all lanes open"), ("shadow", "closed as served"), ("static", "closed by the mean criterion"),
+            ("open", "all open"), ("shadow", "closed as served"), ("static", "closed by the mean criterion"),
             ("random", "closed by chance"))), "",
     ])  # fmt: skip
