@@ -71,7 +71,7 @@ def routed_attention(
     Args:
         query: [B, H * G, T, D]; key, value: [B, H, T, D].
         scaling: of the logits.
-        gate: [B, T], 0 or 1, with gradients; None where all are 1.
+        gate: [B, T] in [0, 1], 0 or 1 when straight-through; None where all are 1.
 
     Returns:
         Output [B, T, H * G, D], weights [B, H * G, T, T], and the keys that each row sees [B, T].
@@ -90,7 +90,7 @@ def routed_attention(
         seen = torch.where(own, 1.0, gate[:, None, :].to(logits.dtype))  # [B, T, T]
         live = (seen.detach() * causal).sum(-1)
         if not gate.requires_grad:
-            weights = logits.masked_fill(seen[:, None, None] == 0, float("-inf")).softmax(-1)
+            weights = (logits + seen.log()[:, None, None]).softmax(-1)
         else:  # a hidden key needs a finite gradient: no logarithm of 0
             raw = (logits - logits.detach().amax(-1, keepdim=True)).exp() * seen[:, None, None]
             weights = raw / raw.sum(-1, keepdim=True).clamp_min(1e-30)
@@ -100,9 +100,11 @@ def routed_attention(
 
 def bypass(x: torch.Tensor, ran: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """The stream after a layer: x_in and the layer's output [B, T, D_model], decisions [B, T]."""
-    if not gate.requires_grad:
-        return torch.where(gate[..., None] > 0, ran, x)
-    return x + gate[..., None].to(x.dtype) * (ran - x)
+    g = gate[..., None].to(x.dtype)
+    mixed = x + g * (ran - x)
+    if gate.requires_grad:
+        return mixed
+    return torch.where(g == 1, ran, torch.where(g == 0, x, mixed))  # to the bit
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

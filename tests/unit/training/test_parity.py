@@ -17,7 +17,9 @@ from test_masked import HIDDEN, LAYERS, VOCAB, base
 from vllm_prune_training.masked import GatedModel
 
 from vllm_prune.config import DropGateConfig
-from vllm_prune.gates import GATES, NEVER, ACCGate, BoundaryGate, Gate, GateShape, Protection, expiry_mask
+from vllm_prune.gates import GATES, NEVER, ACCGate, BoundaryGate, FTPGate, Gate, GateShape, Protection, expiry_mask
+from vllm_prune.gates.ftp import share_router
+from vllm_prune.gates.routing import RoutingGate
 
 SHAPE = GateShape(HIDDEN, 2, LAYERS)
 SAMPLES: dict[str, tuple[str, dict[str, Any], float]] = {
@@ -28,18 +30,21 @@ SAMPLES: dict[str, tuple[str, dict[str, Any], float]] = {
     "window": ("window", {"window": 9}, 0.0),
     "random": ("random", {"keep": 0.5, "delay": 4}, 0.0),
     "ltp": ("ltp", {"span": 6, "grid": 8, "theta": 2.0}, 0.0),
+    "ftp": ("ftp", {}, 0.0),
     "acc": ("acc", {"grid": 8, "sinks": 1, "window": 4}, 0.0),
 }
 """Method, parameters, and the spread of random weights that drops some keys and keeps some."""
 
-FEATURED = [name for name, (method, _, _) in SAMPLES.items() if not issubclass(GATES[method], BoundaryGate)]
-"""Gates that decide by features; what decides by attention is in tests/unit/gates/test_boundary_gates.py."""
+ATTENTIVE = (BoundaryGate, RoutingGate)
+FEATURED = [name for name, (method, _, _) in SAMPLES.items() if not issubclass(GATES[method], ATTENTIVE)]
+"""Gates that decide by features; what decides by attention is in test_boundary_gates.py and test_routing_gates.py of
+tests/unit/gates."""
 
 
 def sharper(method: str, sharpness: float) -> dict[str, float]:
     """Temperatures that approach the hard rule as sharpness grows."""
     tau = {"tau": 1.0 / sharpness}
-    return {"dcp": {"alpha": 1.0 + sharpness}, "dms": tau, "ltp": tau}.get(method, {})
+    return {"dcp": {"alpha": 1.0 + sharpness}, "dms": tau, "ltp": tau, "ftp": tau}.get(method, {})
 
 
 def gate_of(name: str, seed: int = 0, layer: int = 0) -> Gate:
@@ -54,6 +59,22 @@ def gate_of(name: str, seed: int = 0, layer: int = 0) -> Gate:
     return gate
 
 
+def ftp_gates() -> list[Gate]:
+    """One random router for all layers that skips about half of typical tokens where it is asked to."""
+    torch.manual_seed(5)
+    gates = [FTPGate(SHAPE) for _ in range(LAYERS)]
+    for gate in gates[1:]:
+        gate.sparsity.fill_(0.6)
+    share_router(gates)
+    with torch.no_grad():
+        for weight in gates[0].router.parameters():
+            weight.normal_(std=2.0 if weight.ndim == 2 else 0.5)
+        facts = torch.stack([torch.rand(500) * 30, (torch.randn(500) / 8).exp(), torch.rand(500)], dim=-1)
+        run, skip = gates[0].logits(facts, torch.tensor(0.6)).unbind(-1)
+        gates[0].router[2].bias[0] += (skip - run).median()  # type: ignore[index,operator]
+    return list(gates)
+
+
 def features_of(gate: Gate, t: int, seed: int) -> torch.Tensor:
     with torch.no_grad():
         return gate(torch.randn(t, HIDDEN, generator=torch.Generator().manual_seed(seed)))
@@ -62,7 +83,7 @@ def features_of(gate: Gate, t: int, seed: int) -> torch.Tensor:
 def gated(name: str, visibility: Literal["lean", "naive"] = "lean") -> GatedModel:
     method, params, _ = SAMPLES[name]
     section = DropGateConfig(method=method, params=params, num_layers=LAYERS, num_kv_heads=2, hidden_size=HIDDEN)
-    gates = [gate_of(name, layer=layer) for layer in range(LAYERS)]
+    gates = ftp_gates() if method == "ftp" else [gate_of(name, layer=layer) for layer in range(LAYERS)]
     return GatedModel(base("llama"), gates, section, visibility=visibility, rows=7).eval()
 
 
