@@ -25,6 +25,7 @@ from vllm_prune.config import SECTION, DropGateConfig, find_gate_file, load_gate
 from vllm_prune.errors import PruneError
 from vllm_prune.gates import Gate
 from vllm_prune.gates.borrowed import borrow
+from vllm_prune.gates.ftp import share_router
 
 from .boundary_recipe import BOUNDARY_METHODS
 from .families import attention_modules, check_config, gate_shape, probe, same_attention, without_dropout
@@ -144,7 +145,7 @@ def gate_section(recipe: Recipe, config: PretrainedConfig) -> DropGateConfig:
         num_kv_heads=shape.num_kv_heads, hidden_size=shape.hidden_size,
         protect={"sinks": recipe.gate.protect.sinks, "window": recipe.gate.protect.window},
         # A scalar or two a layer, on which counts of tokens and comparisons depend: as trained.
-        dtype="float32" if recipe.gate.method in (*BOUNDARY_METHODS, *PROMPT_METHODS) else "auto",
+        dtype="float32" if recipe.gate.method in (*BOUNDARY_METHODS, *PROMPT_METHODS, "ftp") else "auto",
     )  # fmt: skip
     with torch.device("meta"):
         section.build_gate()
@@ -172,6 +173,7 @@ def make_gates(recipe: Recipe, section: DropGateConfig) -> list[Gate]:
                              f"Set model to {folder} too.")  # fmt: skip
         for gate, state in zip(gates, load_gates(find_gate_file(folder), section), strict=True):
             gate.load_state_dict(state)
+    share_router(gates)
     return [gate.float() for gate in gates]
 
 

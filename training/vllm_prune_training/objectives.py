@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from .ftp import RouterPass, row_scales
 from .masked import GatedModel, GatedOutput, Mode, Perturb
 from .prompt_recipe import PROMPT_METHODS
 from .recipe import Recipe
@@ -123,6 +124,7 @@ class TrainedModel(nn.Module):
             self.gated = gated
         object.__setattr__(self, "teacher", teacher)
         object.__setattr__(self, "body", body)
+        self._router: RouterPass | None = None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -164,10 +166,27 @@ class TrainedModel(nn.Module):
                 gates = self.gated.gates
                 noise = row_noise(keys, self.recipe.training.seed, len(gates), ids.shape[1], gates[0].num_features)
                 perturb = lambda logits: logits.float() + next(noise)  # noqa: E731
+        elif self.method == "ftp":
+            return self.gated(ids, "soft", collect=False, body=self.body, decide=self._routed(ids, now, keys))
         else:
             protect = self.recipe.gate.protect
             knobs.update(sinks=protect.sinks, window=protect.window)
         return self.gated(ids, "soft", perturb=perturb, collect=False, body=self.body, **knobs)
+
+    def _routed(self, ids: torch.Tensor, now: torch.Tensor, keys: torch.Tensor | None) -> RouterPass:
+        """FTP's decisions for ids [B, T]: with rows ``keys`` at random scales and with noise, else as they will be served."""
+        options, gates = self.recipe.objective.ftp, list(self.gated.gates)
+        assert options is not None
+        scale = torch.ones(len(ids), device=ids.device)
+        noise: Iterator[torch.Tensor] | None = None
+        if keys is not None:
+            seed = self.recipe.training.seed
+            scale = row_scales(keys, seed, options.scale_low, options.scale_high)
+            loud = float(now[2])
+            if loud > 0.0:
+                noise = (loud * x for x in row_noise(keys, seed, len(gates), ids.shape[1], 1))
+        self._router = RouterPass(gates, scale, float(now[0]), noise)
+        return self._router
 
     def forward(
         self,
@@ -188,7 +207,8 @@ class TrainedModel(nn.Module):
             row_key: int64 [B], numbers of the rows in the run.
             knobs: float32 [4]: alpha, gamma, target of the closed fraction, leak; what a method has not is not read. LTP and
                 ACC-style, at boundaries and of prompts, have for alpha: LTP 1 in the hard stage and 0 before, ACC-style
-                the strength of the step. LTP at boundaries has for the target the kept fraction below which nothing pushes.
+                the strength of the step; FTP tau, weight of L_g, factor of the noise. LTP at boundaries has for the
+                target the kept fraction below which nothing pushes.
             measure: mode of an evaluation; the weights and keys are not read then.
             prompt: int64 [B], where prompts end (prompt gates).
 
@@ -233,6 +253,12 @@ class TrainedModel(nn.Module):
                 closed = self.closed_fraction(out.features)
                 budget = self.recipe.objective.budget_weight * (knobs[2] - closed).clamp_min(0.0).mean()
                 result["closed"] = closed.detach().mean()
+            elif self.method == "ftp":
+                assert self._router is not None and self.recipe.objective.ftp is not None
+                short, guide = self._router.sparsity_loss(), self._router.guide_loss()
+                budget = self.recipe.objective.ftp.sparsity_weight * short + knobs[1] * guide
+                runs = torch.stack(out.runs).mean()
+                result.update(short=short.detach(), guide=guide.detach(), skipped=1.0 - runs)
         return {"text_loss": loss, "budget": budget, **result}
 
     def dense(self, ids: torch.Tensor) -> torch.Tensor:

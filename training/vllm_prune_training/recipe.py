@@ -15,6 +15,7 @@ from vllm_prune.gates import GATES
 from .boundary_recipe import BOUNDARY_METHODS, Boundaries
 from .data_recipe import Count, Data, NotNegative, Part, Positive, Share, Text
 from .prompt_recipe import PROMPT_METHODS, Prompts, check_prompts
+from .recipe_ftp import FTPObjective
 
 NO_GATES = "none"
 
@@ -87,7 +88,11 @@ class GateRecipe(Part):
         if self.method in ("dcp", "dms") and self.protect != Protect():
             raise ValueError(f"protect cannot be trained with {self.method}, whose soft mask knows of no protection; "
                              "set drop_gate.protect in the exported config.json instead")  # fmt: skip
-        if not self.train_base and self.method not in ("dcp", "dms", "ltp", "ltp_prompt"):
+        if self.method == "ftp" and (self.train_base or self.protect.window):
+            raise ValueError(
+                "method ftp trains the router of a frozen base: set train_base false, and no protect.window"
+            )
+        if not self.train_base and self.method not in ("dcp", "dms", "ltp", "ltp_prompt", "ftp"):
             raise ValueError(f"train_base false leaves nothing to train with method {self.method}")
         return self
 
@@ -136,6 +141,7 @@ OF_METHOD: dict[str, tuple[str, ...]] = {
     "acc": ("keep",),
     "ltp_prompt": ("gamma", "keep", "tau"),
     "acc_prompt": ("keep",),
+    "ftp": ("ftp",),
 }
 """Fields of ``Objective`` that mean something for some methods only."""
 
@@ -163,6 +169,7 @@ class Objective(Part):
             falls to 0 while alpha rises.
         tau: DMS's temperature, in units of its logit; LTP's, in units of a uniform share of attention.
         budget_weight: DMS's weight of max(target - closed, 0).
+        ftp: FTP's own part.
         answer_weight: weight of a task's answer tokens in the losses; other tokens have 1.
     """
 
@@ -178,6 +185,7 @@ class Objective(Part):
     leak: NotNegative = 0.0
     tau: Positive = 0.1
     budget_weight: Positive = 1.0
+    ftp: FTPObjective | None = None
     answer_weight: NotNegative = 1.0
 
     def check(self, method: str) -> None:
@@ -191,6 +199,8 @@ class Objective(Part):
             raise ValueError(f"objective needs exactly one of {pair[0]} and {pair[1]} for method {method}")
         if method in ("acc", "acc_prompt") and self.keep is None:
             raise ValueError(f"objective needs keep for method {method}")
+        if method == "ftp" and self.ftp is None:
+            raise ValueError("objective needs a section ftp for method ftp, with sparsity at least")
         if not any(self.weights(method).values()):
             raise ValueError("objective has no loss: next_token, kl_forward and kl_reverse are all 0")
 
@@ -198,7 +208,7 @@ class Objective(Part):
         """The three weights with their defaults."""
         given = {name: getattr(self, name) for name in ("next_token", "kl_forward", "kl_reverse")}
         if all(value is None for value in given.values()):
-            given["kl_forward" if method == "dms" else "next_token"] = 1.0
+            given["kl_forward" if method in ("dms", "ftp") else "next_token"] = 1.0
         return {name: float(value or 0.0) for name, value in given.items()}
 
 
@@ -324,6 +334,8 @@ class Recipe(Part):
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         self.objective.check(self.gate.method)
+        if self.gate.method == "ftp" and (self.launch.fsdp or self.training.compile):
+            raise ValueError("method ftp knows neither launch.fsdp nor training.compile: leave them out")
         if self.training.optimizer == "muon" and not self.gate.train_base:
             raise ValueError("training.optimizer muon trains the base's matrices; use adamw with gate.train_base false")
         if self.teacher and not self.distils:

@@ -25,6 +25,8 @@ from .acc_profile import tune
 from .boundary_profile import tune_boundaries
 from .build import make_base, make_gates, make_tokenizer, make_trained
 from .checkpoints import SaveFailed, check_same, checkpoints, publish, put_aside, read_run
+from .ftp import schedule_of, set_schedule
+from .ftp_search import plan_schedule, tune_schedule
 from .gate_export import readme
 from .objectives import TrainedModel
 from .prompt_recipe import PROMPT_METHODS
@@ -95,6 +97,14 @@ def _start(recipe: Recipe, resume: bool, data: list[dict[str, Any]]) -> Path | N
     return last
 
 
+def _calibration_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, longest: int) -> torch.Tensor:
+    """Rows of the training data for FTP's schedule search: int64 [N, T]."""
+    assert recipe.objective.ftp is not None
+    options = recipe.objective.ftp.search
+    data = recipe.data.model_copy(update={"held_out": recipe.data.train})
+    return held_out_windows(data, tokenizer, options.length or longest, options.tokens)
+
+
 def run(
     recipe: Recipe,
     resume: bool = True,
@@ -133,12 +143,25 @@ def run(
             _tune(recipe, trained, Batches(recipe.data, recipe.training, tokenizer, 1.0, prompts))
         elif recipe.gate.method == "acc":
             profile["profile"] = _tune_boundaries(recipe, trained, tokenizer, longest)
+    planned: dict[str, Any] = {}
+    ftp = recipe.objective.ftp
+    if ftp is not None:
+        calibration = _calibration_rows(recipe, tokenizer, longest).to(arguments.device)
+        trained.to(arguments.device)
+        if last is None and recipe.gate.init_from is None:
+            planned["search"] = plan_schedule(
+                trained.gated, calibration, ftp.search, ftp.sparsity, recipe.training.seed
+            )
+            set_schedule(gates, ranks.from_main(schedule_of(gates)))
+            if ranks.is_main():
+                print(json.dumps(planned), flush=True)
     trainer = GateTrainer(trained, recipe, batches, data, work, windows, beta, args=arguments, callbacks=callbacks)
     if last is not None:
         trainer.restore(last)
     if ranks.is_main():
         counts = {name: sum(p.numel() for p in part) for name, part in (
-            ("parameters", trained.model.parameters()), ("gate_parameters", (p for g in gates for p in g.parameters())),
+            ("parameters", trained.model.parameters()),
+            ("gate_parameters", {id(p): p for g in gates for p in g.parameters()}.values()),
         )}  # fmt: skip
         print(json.dumps({"from": str(last or "the beginning"), "steps": recipe.training.steps, **counts}), flush=True)
     with trainer.signals, warnings.catch_warnings():
@@ -147,6 +170,9 @@ def run(
     steps = trainer.state.global_step
     if trainer.interrupted and steps < recipe.training.steps:
         return Outcome(output, work, steps, trainer.interrupted)
+    if ftp is not None and ftp.search.tune_generations:
+        planned["tuning"] = tune_schedule(trained.gated, calibration, ftp.search, recipe.training.seed)
+        set_schedule(gates, ranks.from_main(schedule_of(gates)))
     measured = trainer.measure()
     trainer.write(measured)
     record = {
@@ -158,6 +184,8 @@ def run(
         "tokens_seen": trainer.tokens_seen, "seconds_this_process": round(time.time() - started, 1),
         "last_step": trainer.stats, **profile, "held_out": {"length": longest, "windows": len(windows), **measured},
     }  # fmt: skip
+    if ftp is not None:
+        record["ftp"] = {**planned, "schedule": schedule_of(gates)}
     if "ppl_soft" in measured:
         record["hard_over_soft"] = measured["ppl_hard"] / measured["ppl_soft"]
     state = trainer.full_weights()
@@ -238,7 +266,8 @@ def export(
             kept = record["held_out"]["kept_hard"]
             brief = {key: record[key] for key in ("git_commit", "versions", "tokens_seen", "steps", "held_out")}
             add_gates(made, gates, {
-                "params": dict(section.params), "protect": section.protect.model_dump(), "dtype": section.dtype,
+                "params": dict(section.params), "protect": section.protect.model_dump(),
+                "dtype": section.dtype,
                 "expected_keep": min(1.0, max(1e-3, round(kept, 4))),
                 "provenance": {**brief, "data_sha256": [row["sha256"] for row in record["data"]]},
             })  # fmt: skip

@@ -29,6 +29,7 @@ from vllm_prune.errors import PruneError
 
 from . import ranks
 from .checkpoints import UNFINISHED, SaveFailed, forget_old, publish, read_run, write_run
+from .ftp import guide_at, noise_at, tau_at
 from .objectives import TrainedModel
 from .optimizers import make_optimizer, make_scheduler
 from .recipe import Recipe
@@ -158,6 +159,16 @@ class GateTrainer(ShardedTrainer):
     def knobs(self, progress: float) -> torch.Tensor:
         """alpha, gamma, the target of the closed fraction and the leak, or what a method has in their place: float32 [4]."""
         objective, method = self.recipe.objective, self.recipe.gate.method
+        if objective.ftp is not None:
+            return torch.tensor(
+                [
+                    tau_at(objective.ftp, progress),
+                    guide_at(objective.ftp, progress),
+                    noise_at(objective.ftp, progress),
+                    0.0,
+                ],
+                device=self.args.device,
+            )
         alpha = alpha_at(objective.alpha, progress, self.beta) if method == "dcp" else 0.0
         if method == "ltp_prompt":
             alpha = float(progress >= self.recipe.told_prompts.hard_from)
@@ -225,6 +236,8 @@ class GateTrainer(ShardedTrainer):
             self.controller.update(stats["kept"], progress)
         elif method == "dms":
             stats["target_closed"] = closed_at(objective, progress)
+        elif objective.ftp is not None:
+            stats["tau"] = tau_at(objective.ftp, progress)
         self.stats = stats
 
     # Measuring and logging

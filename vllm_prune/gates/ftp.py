@@ -3,16 +3,17 @@
 The unit of decision is a (token j, block i) pair: where block i skips token j, x_out = x_in, and no key of j is stored
 there. A router of four factors decides, one MLP 4 -> 64 -> 2 shared by all blocks, argmax of its two outputs:
 
-1. position: log2(1 + j) / 16, known while streaming and independent of the length still to come;
-2. attention score: log2(A[j, j] x live count + 2^-10) / 4, the weight of j's own key in its own row of the last block that
+1. position: log2(1 + j) / 4 - 2, known while streaming and independent of the length still to come;
+2. attention score: log2(A[j, j] x live count + 2^-6) / 2, the weight of j's own key in its own row of the last block that
    computed j, in units of a uniform share, averaged over heads;
-3. relative rank: share of that row's live keys with more weight;
-4. the block's sparsity requirement, strength x s_i, at most ``MOST``.
+3. relative rank: 4 times the share of that row's live keys with more weight, minus 2;
+4. the block's sparsity requirement: 4 times strength x s_i, the product at most ``MOST``.
 
-The scaling of factors 1 and 2 is ours, and so is the causal mode: the published factors come from queries later than j,
-which a streaming server cannot know. Block 0 has no attention before it and always runs (s_0 = 0). No protection: the
-published one of the last token is needed where scores come from the prompt's end; in causal mode every position is
-decided alike. Strength scales the schedule: 0 runs everything, 1 is as trained.
+The scaling is ours (factors of about the same spread: with smaller ones the router learns all or nothing), and so is the
+causal mode: the published factors come from queries later than j, which a streaming server cannot know. Block 0 has no
+attention before it and always runs (s_0 = 0). No protection: the published one of the last token is needed where scores
+come from the prompt's end; in causal mode every position is decided alike. Strength scales the schedule: 0 runs
+everything, 1 is as trained.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ def factors(facts: torch.Tensor, requirement: torch.Tensor) -> torch.Tensor:
     position, score, rank = facts.unbind(-1)
     return torch.stack(
         [
-            (position + 1.0).log2() / 16.0,
-            (score + 2.0**-10).log2() / 4.0,
-            rank,
-            requirement.to(facts.dtype).expand_as(position),
+            (position + 1.0).log2() / 4.0 - 2.0,
+            (score + 2.0**-6).log2() / 2.0,
+            4.0 * rank - 2.0,
+            4.0 * requirement.to(facts.dtype).expand_as(position),
         ],
         dim=-1,
     )
