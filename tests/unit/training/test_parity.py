@@ -94,7 +94,7 @@ protections = st.builds(Protection, st.integers(0, 4), st.integers(0, 9))
 
 def test_every_method_is_here() -> None:
     assert {method for method, _, _ in SAMPLES.values()} == {
-        name for name, gate in GATES.items() if gate.softens and not gate.routes
+        name for name, gate in GATES.items() if gate.softens and (name == "ftp" or not gate.routes)
     }
 
 
