@@ -23,7 +23,7 @@ from typing import Any
 from common import Engine, Shape, arguments, frame, publish, save_models, say
 from overhead import summary, take_turns
 
-SHAPE = Shape(hidden=2048, layers=8, heads=16, kv_heads=8, head_dim=128, mlp=6144, vocab=8192)
+SHAPE = Shape(hidden=1536, layers=8, heads=12, kv_heads=4, head_dim=128, mlp=4608, vocab=8192)
 PAIRS = 0.5
 """Of (prompt token, layer) pairs that are computed."""
 
@@ -113,7 +113,7 @@ def main() -> None:
     args = arguments("Prefill of prompt forms at half the (token, layer) pairs, and stock, taking turns.")
     started = time.perf_counter()
     shape = replace(SHAPE, hidden=1024, mlp=4096, layers=6) if args.quick else SHAPE
-    prompt, rounds = (768, 4) if args.quick else (1536, 5)
+    prompt, rounds = (768, 4) if args.quick else (1024, 4)
     folder = Path(tempfile.mkdtemp(prefix="vllm-prune-bench-"))
     try:
         folders = save_forms(folder, shape, prompt)
