@@ -151,10 +151,10 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, default=Path("build/reference/corpus"))
     parser.add_argument("--base", type=Path, default=Path("build/reference/base"))
     parser.add_argument("--work", type=Path, default=Path("build/claims-ltp-acc"))
-    parser.add_argument("--steps", type=int, default=40, help="of each run, 2,048 tokens a step")
+    parser.add_argument("--steps", type=int, default=24, help="of each run, 2,048 tokens a step")
     options = parser.parse_args()
     started = time.perf_counter()
-    blocks, tasks = 12, 8
+    blocks, tasks = 8, 4
     if options.quick:
         options.steps, blocks, tasks, options.work = 6, 2, 1, options.work / "quick"
     corpus = load_corpus(options.corpus)

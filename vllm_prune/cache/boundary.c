@@ -82,10 +82,10 @@ FAST static void add_weights(float *restrict logits, int64_t n, double *restrict
     for (int64_t j = 0; j < n; j++) sum[j] += (double)logits[j] * share;
 }
 
-/* What the last c tokens of a layer's lanes, queries at positions start + i and rows first + i of b->query, give to the
- * keys before them. */
-static int receive(const Store *a, int64_t s, int64_t layer, const Boundary *b, int32_t start, int64_t first, int64_t c) {
-    const int64_t lane0 = layer * a->per_layer, length = *length_of(a, s, lane0), past = length - c, n = a->N;
+/* What c tokens of a layer's lanes, queries at positions start + i and rows first + i of b->query, give to the keys before
+ * them; `behind` more tokens lie behind them. */
+static int receive(const Store *a, int64_t s, int64_t layer, const Boundary *b, int32_t start, int64_t first, int64_t c, int64_t behind) {
+    const int64_t lane0 = layer * a->per_layer, length = *length_of(a, s, lane0) - behind, past = length - c, n = a->N;
     const int64_t pages = ceil_div(length, n), wide = pages * n, rows = c * b->group;
     float *logits = malloc(sizeof(float) * (rows * wide + a->D * n + rows * a->D)), *k = logits + rows * wide, *q = k + a->D * n;
     double *sum = calloc(c * wide, sizeof(double));
@@ -183,12 +183,16 @@ int boundary_drop(const Store *a, int64_t s, int64_t layer, int32_t now, const i
 
 /* Writes c tokens between two boundaries at positions start + i, rows first + i of the step, and lets their queries give. */
 int boundary_write(const Store *a, int64_t s, int64_t layer, const Boundary *b, int32_t start, int64_t first, int64_t c, const Tokens *t) {
-    int32_t *expiry = malloc(sizeof(int32_t) * c);
+    int32_t *expiry = calloc(c, sizeof(int32_t));
     if (!expiry) return OUT_OF_MEMORY;
     for (int64_t i = 0; i < c; i++) expiry[i] = NEVER;
     int error = lanes_append(a, s, layer, 0, start, expiry, 0, t, first, c);
     free(expiry);
-    return error ? error : receive(a, s, layer, b, start, first, c);
+    for (int64_t i = 0, n; i < c && !error; i += n) { /* a few at a time: their logits are held */
+        n = c - i < WIDTH ? c - i : WIDTH;
+        error = receive(a, s, layer, b, start + (int32_t)i, first + i, n, c - i - n);
+    }
+    return error;
 }
 
 /* Decode: one token a row. */

@@ -17,6 +17,7 @@ H, G, D, N, SCALE = 2, 2, 32, 32, 0.3
 RULES = {
     "ltp": BoundaryRule(grid=16, span=20, after=20, sinks=1, threshold=0.9),
     "acc": BoundaryRule(grid=16, span=0, after=10, sinks=2, keep=0.4),
+    "coarse": BoundaryRule(grid=64, span=0, after=10, sinks=2, keep=0.4),
 }
 
 
