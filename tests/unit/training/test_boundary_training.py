@@ -13,6 +13,7 @@ from test_masked import HIDDEN, LAYERS, VOCAB, base
 from training_runs import plain_recipe, recipe_of
 from vllm_prune_training.boundary_profile import coverage, kept_share, tune_boundaries
 from vllm_prune_training.boundary_recipe import Boundaries
+from vllm_prune_training.calibrate import measure_table
 from vllm_prune_training.masked import GatedModel
 from vllm_prune_training.train import run
 
@@ -115,6 +116,22 @@ def test_acc_tells_its_profile_and_goes_on_with_it(tmp_path: Path) -> None:
         )
     assert record["held_out"]["kept_hard"] == pytest.approx(record["profile"]["kept"], abs=1e-6)
     assert "ppl_soft" not in record["held_out"]
+
+
+@pytest.mark.parametrize("method", ["ltp", "acc"])
+def test_strengths_are_measured_as_for_other_gates(method: str) -> None:
+    """`calibrate`, and with its table the option `keep`."""
+    model = gated(method, **({"span": 6, "grid": 8, "theta": 2.0} if method == "ltp" else {"grid": 8, "window": 4}))
+    if method == "acc":
+        for gate in model.gates:
+            gate.profile.fill_(0.5)  # type: ignore[union-attr, operator]
+    points = measure_table(
+        model, torch.randint(0, VOCAB, (2, 64), generator=torch.Generator().manual_seed(1)), (0.5, 1.0, 2.0)
+    )
+    kept = [point.kept.mean().item() for point in points]
+    assert [point.strength for point in points] == [0.0, 0.5, 1.0, 2.0] and kept[0] == 1.0
+    assert kept == sorted(kept, reverse=True) and kept[-1] < 0.7
+    assert points[0].kl == 0.0 and points[-1].kl > 0.0
 
 
 def test_strengths_of_steps_follow_the_seed_and_stay_within() -> None:
