@@ -116,7 +116,7 @@ def main() -> None:
     args = parser.parse_args()
     os.chdir(ROOT)
     started = time.perf_counter()
-    samples, windows = (40, 8) if args.quick else (240, 32)
+    samples, windows = (32, 8) if args.quick else (240, 32)
     sizes = [f"shadow.samples={samples}", "shadow.prompt=192", "shadow.continuation=64", f"shadow.windows={windows}"]
     recipe = read_recipe(Path("examples/recipes/shadow-reference.yaml"), [*sizes, f"model={args.model}"])
     assert isinstance(recipe, ShadowRecipe)
