@@ -74,7 +74,7 @@ class PruneCPUImpl(AttentionImpl):
 
     def attach(self, state: WorkerState, index: int) -> None:
         self.state, self.index, self.serving = state, index, state.serving
-        if isinstance(self.rule, BoundaryRule):
+        if isinstance(self.rule, BoundaryRule) and self.rule.drops:  # otherwise as with open gates
             self.boundaries = BoundarySteps(self.rule, index, self.group, self.scale)
 
     def forward(  # type: ignore[override]

@@ -49,6 +49,11 @@ class BoundaryRule:
     threshold: float | None = None
     keep: float | None = None
 
+    @property
+    def drops(self) -> bool:
+        """Whether any key can ever go: otherwise nobody needs to know what keys received."""
+        return self.threshold > 0.0 if self.threshold is not None else self.keep != 1.0
+
     def victims(self, mass: torch.Tensor, live: torch.Tensor, now: int) -> torch.Tensor:
         """Keys that go at a boundary.
 

@@ -173,6 +173,15 @@ def test_ltp_soft_visibility_only_falls_and_teaches() -> None:
     assert torch.autograd.grad(kept, gate.theta)[0] < 0 and kept_at(1.2) < kept_at(0.6)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_rule_knows_whether_it_can_drop(method: str) -> None:
+    gate = gate_of(method)
+    assert gate.rule(1.0, OPEN).drops and not gate.rule(0.0, OPEN).drops
+    opened = LTPGate(SHAPE).at_layer(0) if method == "ltp" else ACCGate(SHAPE)
+    assert not opened.rule(1.0, OPEN).drops
+    assert (hard_walk(opened.rule(1.0, OPEN), *heads_of(1, 150), SCALE) == NEVER).all()
+
+
 def test_thresholds_rise_with_depth() -> None:
     found = [float(LTPGate(SHAPE, theta=0.3).at_layer(layer).theta) for layer in range(3)]
     assert found == pytest.approx([0.0, 0.1, 0.2])
