@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from vllm_prune.gates import PromptGate
+from vllm_prune.gates import PromptGate, ShadowGate
 
 from .gate_evaluation import final_live, past_pair_kept
 from .masked import GatedModel
@@ -80,14 +80,14 @@ def sweep(
         strengths: 0 costs nothing extra.
         seen: called with each strength above 0 and the expiries [L, E, T] of each window.
 
-    With prompt gates the first half of each window is the prompt: kept is the share of its keys that are stored, and
-    losses are those of the second half.
+    With gates that decide at the prompt's end the first half of each window is the prompt: kept is the share of its keys
+    that are stored at the end, and losses are those of the second half.
 
     Returns:
         One point a strength, in the given order.
     """
     told, first = {}, 1
-    if isinstance(gated.gates[0], PromptGate):
+    if isinstance(gated.gates[0], PromptGate | ShadowGate):
         first = max(1, ids.shape[1] // 2)
         told = {"prompt": first}
     shape = (len(gated.calls), gated.gates[0].num_units)  # type: ignore[union-attr]
@@ -102,7 +102,10 @@ def sweep(
             else:
                 out = gated(row, "hard", strength=strength, **told)
                 logits = out.logits[first - 1 :]
-                total.kept += final_live(out.expiry[..., :first]) if told else past_pair_kept(out.expiry)
+                if isinstance(gated.gates[0], ShadowGate):  # its keys outlive the prompt's last query
+                    total.kept += (out.expiry[..., :first] >= ids.shape[1]).double().mean(-1)
+                else:
+                    total.kept += final_live(out.expiry[..., :first]) if told else past_pair_kept(out.expiry)
                 total.live += final_live(out.expiry)
                 if seen is not None:
                     seen(strength, out.expiry)

@@ -13,6 +13,7 @@ from vllm_prune_training.masked import GatedModel
 from vllm_prune_training.shadow.criteria import places, trace, watched
 from vllm_prune_training.shadow.measure import attended_at, continuation_nll, masked
 from vllm_prune_training.shadow.predictor import fit, scaled_targets, spearman, split
+from vllm_prune_training.sweep import sweep
 
 from vllm_prune.config import DropGateConfig
 from vllm_prune.errors import PruneError
@@ -122,6 +123,22 @@ def test_masks_are_what_the_request_form_serves():
             twin(ids, "hard", **options)
     with pytest.raises(PruneError, match="no soft form"):
         twin(ids, "soft")
+
+
+def test_the_request_form_is_calibrated_on_halves():
+    """As for other gates of the prompt's end: kept is of the prompt's keys, losses are of what follows."""
+    model, ids, _ = model_and_ids()
+    kv, heads = model.config.num_key_value_heads, model.config.num_attention_heads
+    params = {"query_heads": heads, "width": places(model)[0][0].in_features, "hidden": 8, "closed": 0.5}
+    section = DropGateConfig(
+        method="shadow", params=params, num_layers=LAYERS, num_kv_heads=kv, hidden_size=model.config.hidden_size
+    )
+    twin = GatedModel(model, section.build_gates(), section).eval()
+    points = sweep(twin, ids[:, :14], [0.0, 1.0, 4.0])
+    lanes = LAYERS * kv
+    closed = [0, int(0.5 * (LAYERS - 1) * kv + 1e-6), int((1 - 0.5**4) * (LAYERS - 1) * kv + 1e-6)]
+    assert [float(point.kept.mean()) for point in points] == pytest.approx([1 - n / lanes for n in closed])
+    assert points[0].kl == 0.0 and points[1].kl > 0.0 and points[1].ppl != points[0].ppl
 
 
 def test_a_later_token_changes_no_decision():
