@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from vllm_prune_training.acc_profile import flops_share, layer_flops, solve_coefficient, tune
 from vllm_prune_training.masked import GatedModel, load_gated
-from vllm_prune_training.packing import held_out_blocks, load_corpus
+from vllm_prune_training.packing import Corpus, held_out_blocks, load_corpus
 from vllm_prune_training.prompt_recipe import Prompts
 from vllm_prune_training.train import run
 
@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=Path("build/reference/base"))
     parser.add_argument("--work", type=Path, default=Path("build/claims-prompt"))
     parser.add_argument("--steps", type=int, default=40, help="of each run, 2,048 tokens a step")
+    parser.add_argument("--untrained", action="store_true", help="only what the base alone says")
     options = parser.parse_args()
     started = time.perf_counter()
     windows = 8
@@ -150,8 +151,20 @@ def main() -> None:
     corpus = load_corpus(options.corpus)
     ids, text = held_out_blocks(corpus, T, windows), held_out_blocks(corpus, T, 2 * windows)[1::2]
     found: dict[str, Any] = {"untrained": untrained(options.base, text, ids)}
-    train_all(options)
+    if not options.untrained:
+        found |= trained(options, corpus, ids, windows)
+    text_out = json.dumps({"quick": options.quick, "base": str(options.base), "length": T, "steps": options.steps,
+                           "batch_tokens": 2048, "windows": windows, **found, **origin(torch.get_num_threads(), started)},
+                          indent=1)  # fmt: skip
+    if options.json:
+        options.json.write_text(text_out + "\n")
+    print(text_out)
 
+
+def trained(options: argparse.Namespace, corpus: Corpus, ids: torch.Tensor, windows: int) -> dict[str, Any]:
+    """The three runs, and what follows from them without further training."""
+    found: dict[str, Any] = {}
+    train_all(options)
     acc, ltp, none = load_gated(options.work / "acc"), load_gated(options.work / "ltp"), options.work / "none"
     sweep: dict[str, Any] = {"none-open": measure(on_weights(none), ids, 0.0)}
     plain = tuned(on_weights(none), acc)
@@ -175,12 +188,7 @@ def main() -> None:
                                 "acc": measure(acc, other, same), "acc-open": measure(acc, other, 0.0)}  # fmt: skip
     found["ltp"] = {"theta": [round(float(state[f"drop_gate.layers.{i}.theta"]), 4) for i in range(len(state))],
                     "stages": stages, "acc_strength": same, "lengths": lengths}  # fmt: skip
-    text_out = json.dumps({"quick": options.quick, "base": str(options.base), "length": T, "steps": options.steps,
-                           "batch_tokens": 2048, "windows": windows, **found, **origin(torch.get_num_threads(), started)},
-                          indent=1)  # fmt: skip
-    if options.json:
-        options.json.write_text(text_out + "\n")
-    print(text_out)
+    return found
 
 
 if __name__ == "__main__":
