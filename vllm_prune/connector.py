@@ -81,6 +81,7 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
         self._manager: PruneManager | None = None
         self._state: WorkerState | None = None
         self._requests: dict[str, Request] = {}
+        self._prompts: dict[str, int] = {}
         self._reports: dict[str, LaneReport] = {}
         self._doomed: set[int] = set()
         self._chunk = vllm_config.scheduler_config.max_num_batched_tokens
@@ -120,9 +121,9 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
             last = remaining == 0 and request.num_output_tokens + 1 >= request.max_tokens
             ahead = self._ahead * max(min(remaining, self._chunk), 1)
             blocks = [block.block_id for block in grants.take_unsent()]
-            meta.grants[req_id] = StepGrant(
-                grants.epoch, blocks, covered, remaining, last, ahead, request.num_prompt_tokens
-            )
+            # vLLM counts all that came before into the prompt of a session that goes on: what was decided stays decided.
+            prompt = self._prompts.setdefault(req_id, request.num_prompt_tokens)
+            meta.grants[req_id] = StepGrant(grants.epoch, blocks, covered, remaining, last, ahead, prompt)
         return meta
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
@@ -136,6 +137,7 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         self._requests.pop(request.request_id, None)
+        self._prompts.pop(request.request_id, None)
         return False, self._summary(request)
 
     def _summary(self, request: Request) -> dict[str, Any] | None:
