@@ -150,7 +150,7 @@ def script() -> None:
     import vllm_prune
 
     for module in pkgutil.walk_packages(vllm_prune.__path__, "vllm_prune."):
-        if not module.name.endswith("._lanes"):  # a library for ctypes, not a module
+        if not module.name.endswith(("._lanes", "._sparse")):  # libraries for ctypes, not modules
             importlib.import_module(module.name)
     everything = fingerprint()
     result["everything"] = list(changes(twice, everything))

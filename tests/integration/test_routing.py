@@ -193,7 +193,7 @@ def test_no_compilation_and_no_generic_class(tmp_path):
 
     native = save_gated(tmp_path / "native", tiny_config("qwen3"), "ftp")
     assert configure(native).compilation_config.mode == CompilationMode.NONE
-    generic = save_gated(tmp_path / "generic", tiny_config("qwen2"), "ftp", generic=True)
+    generic = save_gated(tmp_path / "generic", tiny_config("llama"), "ftp", generic=True)
     with pytest.raises(ValueError, match=r"generic class cannot"):
         configure(generic)
     window = save_gated(tmp_path / "window", tiny_config("qwen3"), "ftp", section={"protect": {"window": 4}})
