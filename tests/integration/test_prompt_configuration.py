@@ -85,7 +85,9 @@ def test_options_that_want_chunks_are_refused(ltp, options: dict[str, Any], said
 
 
 def test_the_generic_class_cannot_skip(tmp_path):
-    refused(make(tmp_path, "acc_prompt", "llama", GENERIC_ARCHITECTURE), "acc_prompt skips part of the computation", "Qwen3")
+    refused(
+        make(tmp_path, "acc_prompt", "llama", GENERIC_ARCHITECTURE), "acc_prompt skips part of the computation", "Qwen3"
+    )
 
 
 TENSORS = {
