@@ -13,16 +13,13 @@ is done twice, with the engines made in either order.
 from __future__ import annotations
 
 import shutil
-import statistics
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from common import Shape, arguments, frame, publish, save_models, say
-from overhead import summary
-from prompt_forms import PAIRS, SHAPE, later_share, limit, one_pass
+from prompt_forms import PAIRS, SHAPE, against_stock, both_orders, later_share, limit
 
 FORCED = (
     "Random weights, random tokens. Forced router: run - skip = 4 (1 - rank share - s_i), s_i a quantile of another "
@@ -84,20 +81,9 @@ def main() -> None:
     started = time.perf_counter()
     shape = replace(SHAPE, hidden=1024, mlp=4096, layers=6) if args.quick else SHAPE
     prompt, rounds = (768, 4) if args.quick else (1536, 5)
-    folder = Path(tempfile.mkdtemp(prefix="vllm-prune-bench-"))
-    try:
-        folders = save_ftp(folder, shape, prompt)
-        passes = []
-        for order in (folders, dict(reversed(folders.items()))):
-            passes.append(one_pass(order, shape, prompt, rounds))
-            say(f"pass {len(passes)} after {time.perf_counter() - started:.1f} s")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    parts = [{"made_first": p["made_first"], "prefill": {"stock": p["times"]["stock"], "plugin": p["times"]["ftp"]}}
-             for p in passes]  # fmt: skip
-    kept = statistics.mean(value for p in passes for value in p["kept"]["ftp"])
+    kept, speed = against_stock(both_orders(save_ftp, shape, prompt, rounds), "ftp")
     left = (kept * shape.layers - 1) / (shape.layers - 1)
-    found: dict[str, Any] = {"kept": kept, **summary(parts, "prefill"), "limit": limit(shape, prompt, left)}
+    found: dict[str, Any] = {"kept": kept, **speed, "limit": limit(shape, prompt, left)}
     say(f"ratio {found['ratio']:.3f} of a limit {found['limit']:.2f}, pairs computed {kept:.3f}, {found['ms']}")
     publish(args, {
         "benchmark": "ftp", "prompt": prompt, "pairs": PAIRS, "target": 1.3, **found,

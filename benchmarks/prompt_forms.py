@@ -16,6 +16,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,29 @@ def one_pass(folders: dict[str, Path], shape: Shape, prompt: int, rounds: int) -
     return {"made_first": next(iter(folders)), "times": times, "kept": kept}
 
 
+def both_orders(
+    save: Callable[[Path, Shape, int], dict[str, Path]], shape: Shape, prompt: int, rounds: int
+) -> list[dict[str, Any]]:
+    """Two passes over the engines of the folders that ``save`` makes, made in either order."""
+    folder, started = Path(tempfile.mkdtemp(prefix="vllm-prune-bench-")), time.perf_counter()
+    passes = []
+    try:
+        folders = save(folder, shape, prompt)
+        for order in (folders, dict(reversed(folders.items()))):
+            passes.append(one_pass(order, shape, prompt, rounds))
+            say(f"pass {len(passes)} after {time.perf_counter() - started:.1f} s")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return passes
+
+
+def against_stock(passes: list[dict[str, Any]], name: str) -> tuple[float, dict[str, Any]]:
+    """Mean share kept by one of the engines, and its prefill beside stock's."""
+    parts = [{"made_first": p["made_first"], "prefill": {"stock": p["times"]["stock"], "plugin": p["times"][name]}}
+             for p in passes]  # fmt: skip
+    return statistics.mean(value for p in passes for value in p["kept"][name]), summary(parts, "prefill")
+
+
 def limit(shape: Shape, prompt: int, share: float) -> float:
     """Stock's multiplications over those left."""
     from types import SimpleNamespace
@@ -114,23 +138,13 @@ def main() -> None:
     started = time.perf_counter()
     shape = replace(SHAPE, hidden=1024, mlp=4096, layers=6) if args.quick else SHAPE
     prompt, rounds = (768, 4) if args.quick else (1024, 4)
-    folder = Path(tempfile.mkdtemp(prefix="vllm-prune-bench-"))
-    try:
-        folders = save_forms(folder, shape, prompt)
-        passes = []
-        for order in (folders, dict(reversed(folders.items()))):
-            passes.append(one_pass(order, shape, prompt, rounds))
-            say(f"pass {len(passes)} after {time.perf_counter() - started:.1f} s")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    passes = both_orders(save_forms, shape, prompt, rounds)
     found: dict[str, Any] = {}
     for name in ("ltp_prompt", "acc_prompt"):
-        parts = [{"made_first": p["made_first"], "prefill": {"stock": p["times"]["stock"], "plugin": p["times"][name]}}
-                 for p in passes]  # fmt: skip
-        kept = statistics.mean(value for p in passes for value in p["kept"][name])
+        kept, speed = against_stock(passes, name)
         found[name] = {
             "kept": kept,
-            **summary(parts, "prefill"),
+            **speed,
             "limit": limit(shape, prompt, later_share(shape.layers)),
         }
         say(f"{name}: ratio {found[name]['ratio']:.3f} of a limit {found[name]['limit']:.2f}, kept {kept:.3f}, "

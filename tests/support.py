@@ -117,6 +117,24 @@ def save_gated(
     return folder
 
 
+def preempted(llm: Any, token_prompts: list[Any], tokens: int, after: tuple[int, ...] = (4, 15)) -> list[Any]:
+    """Greedy outputs, in the prompts' order, of requests that are all thrown out ``after`` some steps."""
+    from vllm import SamplingParams
+
+    core = llm.llm_engine
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    for index, prompt in enumerate(token_prompts):
+        core.add_request(f"again{index}", prompt, params)  # records are by name: none that "generate" gives
+    done: list[Any] = []
+    step = 0
+    while core.has_unfinished_requests():
+        done += [output for output in core.step() if output.finished]
+        step += 1
+        if step in after:
+            scheduler_of(llm).reset_prefix_cache(reset_running_requests=True)
+    return sorted(done, key=lambda output: output.request_id)
+
+
 @contextmanager
 def engine(model: Path, **kwargs: Any) -> Iterator[Any]:
     """An in-process ``vllm.LLM`` with a small explicit pool, shut down at the end whatever happens."""

@@ -13,12 +13,12 @@ from support import (
     engine,
     generate,
     pool_is_whole,
+    preempted,
     prompts,
     random_gates,
     recorded,
     save_base,
     save_gated,
-    scheduler_of,
     state_of,
     tiny_config,
 )
@@ -93,19 +93,7 @@ def test_mixed_batch(gated, chunk):
 def test_after_preemption(gated):
     """Every running request is thrown out in the middle; it is computed again and drops the same keys."""
     with engine(gated, long_prefill_token_threshold=16, **RECORD) as llm:
-        core = llm.llm_engine
-        from vllm import SamplingParams
-
-        params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, detokenize=False)
-        for index, prompt in enumerate(prompts([90, 40], seed=5)):
-            core.add_request(str(index), prompt, params)
-        done, step = [], 0
-        while core.has_unfinished_requests():
-            done += [output for output in core.step() if output.finished]
-            step += 1
-            if step in (4, 15):
-                scheduler_of(llm).reset_prefix_cache(reset_running_requests=True)
-        check(gated, llm, sorted(done, key=lambda output: output.request_id))
+        check(gated, llm, preempted(llm, prompts([90, 40], seed=5), tokens=30))
         assert {epoch for _, epoch in state_of(llm).store.events} >= {3, 4, 5, 6}, "each request has lived three times"
 
 

@@ -15,10 +15,10 @@ from support import (
     engine,
     generate,
     pool_is_whole,
+    preempted,
     prompts,
     recorded,
     save_base,
-    scheduler_of,
     state_of,
     tiny_config,
     token_ids,
@@ -98,20 +98,9 @@ def test_prompts_wait_rather_than_come_in_chunks(made):
 def test_after_preemption(made):
     """Every running request is thrown out in the middle; prompt and output are computed again in one step, and the output
     is no part of the prompt."""
-    from vllm import SamplingParams
 
     with engine(made[0], **RECORD) as llm:
-        core = llm.llm_engine
-        params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
-        for index, prompt in enumerate(prompts([90, 40], seed=5)):
-            core.add_request(str(index), prompt, params)
-        done, step = [], 0
-        while core.has_unfinished_requests():
-            done += [output for output in core.step() if output.finished]
-            step += 1
-            if step in (4, 15):
-                scheduler_of(llm).reset_prefix_cache(reset_running_requests=True)
-        check(made, llm, sorted(done, key=lambda output: output.request_id))
+        check(made, llm, preempted(llm, prompts([90, 40], seed=5), tokens=24))
         assert {epoch for _, epoch in state_of(llm).store.events} >= {3, 4, 5, 6}, "each request has lived three times"
 
 

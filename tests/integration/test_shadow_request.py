@@ -11,6 +11,7 @@ from support import (
     engine,
     generate,
     pool_is_whole,
+    preempted,
     prompts,
     save_base,
     save_gated,
@@ -45,17 +46,8 @@ def test_it_says_what_the_twin_says(tmp_path, closed):
             assert token_ids([output])[0] == said_by_the_twin(folder, output)
         generate(llm, prompts([3]), tokens=2)
         assert pool_is_whole(llm)
-        core = llm.llm_engine  # computed again in chunks that begin before the prompt's end and go beyond
-        from vllm import SamplingParams
-
-        params = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True, detokenize=False)
-        core.add_request("again", prompts([70], seed=9)[0], params)
-        done, step = [], 0
-        while core.has_unfinished_requests():
-            done += [output for output in core.step() if output.finished]
-            step += 1
-            if step == 30:
-                scheduler_of(llm).reset_prefix_cache(reset_running_requests=True)
+        # computed again in chunks that begin before the prompt's end and go beyond
+        done = preempted(llm, prompts([70], seed=9), tokens=50, after=(30,))
         assert token_ids(done)[0] == said_by_the_twin(folder, done[0])
 
 

@@ -12,10 +12,10 @@ from support import (
     engine,
     generate,
     pool_is_whole,
+    preempted,
     prompts,
     save_base,
     save_gated,
-    scheduler_of,
     state_of,
     tiny_config,
     token_ids,
@@ -63,17 +63,7 @@ def test_choices_and_words_are_the_twins(tmp_path, family):
             check(folder, llm, generate(llm, prompts(lengths, seed=number), tokens=16))
         generate(llm, prompts([3]), tokens=2)
         assert pool_is_whole(llm)
-        from vllm import SamplingParams
-
-        core, done, step = llm.llm_engine, [], 0
-        params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, detokenize=False)
-        core.add_request("again", prompts([50], seed=9)[0], params)
-        while core.has_unfinished_requests():
-            done += [output for output in core.step() if output.finished]
-            step += 1
-            if step == 25:
-                scheduler_of(llm).reset_prefix_cache(reset_running_requests=True)
-        check(folder, llm, done)
+        check(folder, llm, preempted(llm, prompts([50], seed=9), tokens=40, after=(25,)))
 
 
 def test_open_gates_are_stock(tmp_path):

@@ -22,11 +22,16 @@ from .prompt_recipe import Prompts
 FLOOR = "the first layer computes everything, and no layer keeps less than gate.params.least"
 
 
+def number_holding(scores: torch.Tensor, fraction: float) -> torch.Tensor:
+    """How many, best first, hold ``fraction`` of the sum of each row of scores: int64 [...] of [..., P]."""
+    ranked = scores.double().sort(dim=-1, descending=True).values.cumsum(-1)
+    reached = ranked >= fraction * ranked[..., -1:] - 1e-12
+    return reached.to(torch.int8).argmax(-1) + 1
+
+
 def coverage(scores: torch.Tensor, fraction: float) -> float:
     """Share of the tokens, best first, that hold ``fraction`` of the sum of scores [P]; the last one is not looked at."""
-    ranked = scores[:-1].double().sort(descending=True).values
-    reached = ranked.cumsum(0) >= fraction * ranked.sum() - 1e-12
-    return (int(reached.to(torch.int8).argmax()) + 1) / len(scores)
+    return int(number_holding(scores[:-1], fraction)) / len(scores)
 
 
 def profile_of(coverages: torch.Tensor, statistic: str) -> list[float]:

@@ -15,7 +15,7 @@ import torch
 
 from vllm_prune.gates import ACCGate, BoundaryRule, Protection
 
-from .acc_profile import layer_flops, profile_of, solve_coefficient
+from .acc_profile import layer_flops, number_holding, profile_of, solve_coefficient
 from .boundary_recipe import Boundaries
 from .masked import GatedModel
 
@@ -26,9 +26,7 @@ FLOOR = "sinks, window and gate.params.least are kept in every layer"
 
 def coverage(scores: torch.Tensor, fraction: float) -> torch.Tensor:
     """Share of the keys, best first, that hold ``fraction`` of the sum of each row of scores: float64 [B] of [B, P]."""
-    ranked = scores.double().sort(dim=-1, descending=True).values.cumsum(-1)
-    reached = ranked >= fraction * ranked[:, -1:] - 1e-12
-    return (reached.to(torch.int8).argmax(-1) + 1) / scores.shape[-1]
+    return number_holding(scores, fraction) / scores.shape[-1]
 
 
 def kept_share(rule: BoundaryRule, tokens: int) -> float:

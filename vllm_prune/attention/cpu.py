@@ -194,13 +194,15 @@ class PruneCPUImpl(AttentionImpl):
         """Keys [S, D] of each KV head of this layer for a request slot, in lane order."""
         assert self.state is not None and self.state.store is not None
         store = self.state.store
-        a, lane0 = store.lanes, self.index * store.geometry.lanes_per_layer
-        found = []
-        for lane in range(lane0, lane0 + self.num_kv_heads):
-            length = int(a.length[slot, lane])
-            pages = torch.from_numpy(a.table[slot, lane, : cdiv(length, store.geometry.block_tokens)])
-            found.append(gather_keys(store.kv_tensor, pages, length, self.head_size))  # type: ignore[arg-type]
-        return found
+        return [gather_keys(*self._lane(store, slot, head)) for head in range(self.num_kv_heads)]
+
+    def _lane(self, store: LaneStore, slot: int, head: int) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        """What gathers a K/V lane of this layer: the flat cache, its pages, its length in tokens, D."""
+        lane = self.index * store.geometry.lanes_per_layer + head
+        length = int(store.lanes.length[slot, lane])
+        pages = torch.from_numpy(store.lanes.table[slot, lane, : cdiv(length, store.geometry.block_tokens)])
+        assert store.kv_tensor is not None
+        return store.kv_tensor, pages, length, self.head_size
 
     # Dropping and writing ----------------------------------------------------------------------------------------
 
@@ -225,8 +227,7 @@ class PruneCPUImpl(AttentionImpl):
         slot, first, count, start = (int(x[i]) for x in (rows.slots, rows.first, rows.tokens, rows.positions))
         heads, per_layer = self.num_kv_heads, store.geometry.lanes_per_layer
         lane0 = self.index * per_layer
-        lengths = a.length[slot, lane0 : lane0 + heads].copy()
-        width = int(lengths.max())
+        width = int(a.length[slot, lane0 : lane0 + heads].max())
         past = np.full((store.units, width), NEVER, np.int32)
         chunk = np.full((store.units, count), NEVER, np.int32)
         where = (a.ref, slot, self.index, start)
@@ -236,10 +237,7 @@ class PruneCPUImpl(AttentionImpl):
         if not (_expires_within(past, start, last) or _expires_within(chunk, start, last)):
             check(lib.steps_settle_chunk(*where, start, *settled))
             return True
-        lanes = []
-        for h in range(heads):
-            pages = torch.from_numpy(a.table[slot, lane0 + h, : cdiv(int(lengths[h]), store.geometry.block_tokens)])
-            lanes.append(gather_lane(store.kv_tensor, pages, int(lengths[h]), self.head_size))  # type: ignore[arg-type]
+        lanes = [gather_lane(*self._lane(store, slot, head)) for head in range(heads)]
         output[first:end] = tiled_attention(
             query[first:end], lanes, key[first:end], value[first:end],
             torch.from_numpy(past), torch.from_numpy(chunk), start, self.scale,

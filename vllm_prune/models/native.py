@@ -2,12 +2,12 @@
 
 The base class builds the model; then each attention module of it is given a gated attention layer and a forward that
 hands the gate the layer's normed input. Where the gates route tokens, decoder layers get a router in front (``routing``).
-To add a family: subclass its attention module (forward only), its decoder layer and its model.
+To add a family: subclass its attention module (``rotated`` only), its decoder layer and its model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -26,10 +26,21 @@ from vllm_prune.models.prompt_router import PromptRouter
 from vllm_prune.models.routing import GateRouter, RoutedLayer, Router
 
 
-class PrunedQwen3Attention(Qwen3Attention):
-    """Qwen3's attention with a drop gate. Same weights, same maths until keys are dropped."""
+class GatedForward:
+    """An attention module's forward with a drop gate: the same weights and maths until keys are dropped."""
 
-    attn: GatedAttention
+    attn: Any
+    o_proj: Any
+    rotated: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.rotated(positions, hidden_states)
+        output: torch.Tensor = self.o_proj(self.attn(q, k, v, self.attn.features(hidden_states)))[0]
+        return output
+
+
+class PrunedQwen3Attention(GatedForward, Qwen3Attention):
+    """Qwen3's attention with a drop gate."""
 
     def rotated(self, positions: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query, key and value [T, heads * D] of the layer's normed input [T, D_model]."""
@@ -40,16 +51,9 @@ class PrunedQwen3Attention(Qwen3Attention):
         q, k = self.rotary_emb(positions, q, k)
         return q, k, v
 
-    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.rotated(positions, hidden_states)
-        output, _ = self.o_proj(self.attn(q, k, v, self.attn.features(hidden_states)))
-        return output
 
-
-class PrunedLlamaAttention(LlamaAttention):
+class PrunedLlamaAttention(GatedForward, LlamaAttention):
     """Llama's attention with a drop gate."""
-
-    attn: GatedAttention
 
     def rotated(self, positions: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query, key and value [T, heads * D] of the layer's normed input [T, D_model]."""
@@ -57,11 +61,6 @@ class PrunedLlamaAttention(LlamaAttention):
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         q, k = self.rotary_emb(positions, q, k)
         return q, k, v
-
-    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.rotated(positions, hidden_states)
-        output, _ = self.o_proj(self.attn(q, k, v, self.attn.features(hidden_states)))
-        return output
 
 
 class RoutedQwen3Layer(RoutedLayer, Qwen3DecoderLayer):
