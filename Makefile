@@ -7,6 +7,8 @@ STAMP := $(VENV)/.installed
 # Tests and the demo run small engines: one OpenMP thread each is fastest on few cores.
 export OMP_NUM_THREADS ?= 1
 export VLLM_NO_USAGE_STATS = 1
+# Test processes, each on a core and with up to 4 GiB.
+WORKERS ?= 2
 
 .PHONY: demo test lint format clean reference bench baselines quality claims
 
@@ -14,7 +16,7 @@ demo: $(STAMP)
 	$(BIN)/vllm-prune demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Unit tests build Hugging Face models after engines of this process may have run."""
+"""Unit tests build Hugging Face models after engines of this process may have run, whichever file came before."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import pytest
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def hugging_face_as_it_was() -> None:
     """vLLM's Transformers backend changes the classes of families that it served in place: load their modules again."""
     for name, module in list(sys.modules.items()):
