@@ -224,7 +224,7 @@ class Engine:
     @property
     def lanes(self) -> Any:
         """The plugin's lane store."""
-        from vllm_prune.attention.state import find_state
+        from vllm_prune.attention.step_state import find_state
 
         return find_state(self.core.model_executor.driver_worker.worker.model_runner.vllm_config).store
 

@@ -185,7 +185,7 @@ def scheduler_of(llm: Any) -> Any:
 
 def state_of(llm: Any) -> Any:
     """The worker's state of an in-process engine."""
-    from vllm_prune.attention.state import find_state
+    from vllm_prune.attention.step_state import find_state
 
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     return find_state(runner.vllm_config)

@@ -58,6 +58,14 @@ class Refusal:
     way_out: str
 
 
+def _device(c: Any) -> str:
+    return str(c.device_config.device_type)
+
+
+def _by_device(table: dict[str, tuple[Any, ...]]) -> str:
+    return " and ".join(f"{', '.join(map(str, values))} on {device}" for device, values in table.items())
+
+
 def _text_config(c: Any) -> Any:
     return c.model_config.hf_config.get_text_config()
 
@@ -88,13 +96,16 @@ def _multimodal(c: Any) -> bool:
 
 CONNECTOR = "PruneConnector"
 CONNECTOR_MODULE = "vllm_prune.connector"
-HEAD_SIZES = (32, 64, 96, 128, 160, 192, 224, 256)
+HEAD_SIZES = {"cpu": (32, 64, 96, 128, 160, 192, 224, 256), "cuda": (64, 80, 96, 128, 256)}
+BLOCK_SIZES = {"cpu": (32, 64, 96, 128), "cuda": (16, 32, 64, 128)}
+DTYPES = {"cpu": ("bfloat16", "float32"), "cuda": ("bfloat16", "float16", "float32")}
+"""What is served on each device."""
 BASE = "Serve the base model under its own architecture instead."
 
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
-        "platform", lambda c: c.device_config.device_type != "cpu",
-        "gated models are served on CPU only so far.", "Run on the CPU build of vLLM, or serve the base model.",
+        "platform", lambda c: _device(c) not in HEAD_SIZES,
+        "gated models are served on CPU and on NVIDIA GPUs.", "Use one of these, or serve the base model.",
     ),
     Refusal(
         "encoder-decoder", lambda c: bool(c.model_config.is_encoder_decoder),
@@ -112,12 +123,12 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("hybrid", _hybrid, "the base mixes attention with other layer types.", BASE),
     Refusal("sliding-window", _sliding, "the base has sliding-window attention, which drops keys by itself.", BASE),
     Refusal(
-        "head-size", lambda c: c.model_config.get_head_size() not in HEAD_SIZES,
-        f"the head size is not one of {', '.join(map(str, HEAD_SIZES))}.", BASE,
+        "head-size", lambda c: c.model_config.get_head_size() not in HEAD_SIZES[_device(c)],
+        f"the head size is not one of {_by_device(HEAD_SIZES)}.", BASE,
     ),
     Refusal(
-        "dtype", lambda c: str(c.model_config.dtype) not in ("torch.bfloat16", "torch.float32"),
-        "gated models are served in bfloat16 or float32 on CPU.", "Pass --dtype bfloat16.",
+        "dtype", lambda c: str(c.model_config.dtype).removeprefix("torch.") not in DTYPES[_device(c)],
+        f"gated models are served in {_by_device(DTYPES)}.", "Pass --dtype bfloat16.",
     ),
     Refusal(
         "kv-cache-dtype", lambda c: c.cache_config.cache_dtype not in ("auto", str(c.model_config.dtype).removeprefix("torch.")),
@@ -155,9 +166,10 @@ REFUSALS: tuple[Refusal, ...] = (
         "tensor parallel serving of gates is not supported yet.", "Use --tensor-parallel-size 1 and more replicas.",
     ),
     Refusal(
-        # Unless the user gave one, the platform chooses it after the hook: 128 on CPU.
-        "block-size", lambda c: c.cache_config.user_specified_block_size and c.cache_config.block_size % 32 != 0,
-        "the CPU kernel needs blocks of a multiple of 32 tokens.", "Use --block-size 32, 64 or 128.",
+        # Unless the user gave one, the hook chooses it.
+        "block-size",
+        lambda c: c.cache_config.user_specified_block_size and c.cache_config.block_size not in BLOCK_SIZES[_device(c)],
+        f"head-pages are of {_by_device(BLOCK_SIZES)} tokens.", "Use --block-size 32, 64 or 128.",
     ),
 )  # fmt: skip
 

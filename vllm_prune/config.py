@@ -209,6 +209,12 @@ def served_section(vllm_config: Any) -> DropGateConfig:
     return parse_drop_gate(vllm_config.model_config.hf_config, options.get("strength"), options.get("keep"))
 
 
+def serves_stock(vllm_config: Any) -> bool:
+    """Whether every gate is open on a device where open lanes have nothing to say for themselves: vLLM's own attention then
+    serves the base as it is. On CPU lanes are vLLM's kernel in any case."""
+    return vllm_config.device_config.device_type == "cuda" and served_section(vllm_config).strength == 0.0
+
+
 def check_calibration(gate_file: str, section: DropGateConfig) -> None:
     """Raises PruneError when the calibration table was measured with other gates than these."""
     table = section.calibration

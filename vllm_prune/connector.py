@@ -26,8 +26,11 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
-    from vllm_prune.attention.state import WorkerState
+    from vllm_prune.attention.step_state import StepState
     from vllm_prune.cache.manager import PruneManager
+
+LATE = 2
+"""Steps after which a worker on a GPU hands a report over at the latest: it is copied without waiting for it."""
 
 
 @dataclass
@@ -37,6 +40,7 @@ class StepGrant:
     Attributes:
         epoch: of its grant log.
         new_blocks: block ids, in log order.
+        tokens: of the step.
         covered: tokens computed once the step is done.
         remaining: tokens known to follow (the rest of a prompt, or of what a preempted request had generated).
         last: the request ends with this step (its token limit), so it needs no room beyond.
@@ -46,6 +50,7 @@ class StepGrant:
 
     epoch: int
     new_blocks: list[int]
+    tokens: int
     covered: int
     remaining: int
     last: bool
@@ -63,14 +68,19 @@ class PruneMetadata(KVConnectorMetadata):
 
 @dataclass
 class PruneReports(KVConnectorWorkerMetadata):
-    """Worker to scheduler, one a step and rank."""
+    """Worker to scheduler, one a step and rank. Each request's reports in the order of steps: a GPU's come when they are ready,
+    and what one gives back the next does not repeat."""
 
-    reports: dict[str, LaneReport] = field(default_factory=dict)
+    reports: dict[str, list[LaneReport]] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> PruneReports:
         if not isinstance(other, PruneReports) or self.reports.keys() != other.reports.keys():
             raise ValueError("vllm-prune: ranks report different requests")
-        return PruneReports({req: report.merge(other.reports[req]) for req, report in self.reports.items()})
+        merged = {}
+        for req_id, mine in self.reports.items():
+            pairs = zip(mine, other.reports[req_id], strict=True)
+            merged[req_id] = [report.merge(theirs) for report, theirs in pairs]
+        return PruneReports(merged)
 
 
 class PruneConnector(KVConnectorBase_V1, SupportsHMA):
@@ -79,13 +89,14 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._manager: PruneManager | None = None
-        self._state: WorkerState | None = None
+        self._state: StepState | None = None
         self._requests: dict[str, Request] = {}
         self._prompts: dict[str, int] = {}
-        self._reports: dict[str, LaneReport] = {}
+        self._reports: dict[str, list[LaneReport]] = {}
         self._doomed: set[int] = set()
         self._chunk = vllm_config.scheduler_config.max_num_batched_tokens
-        self._ahead = vllm_config.max_concurrent_batches - 1
+        late = LATE if vllm_config.device_config.device_type == "cuda" else 0
+        self._ahead = vllm_config.max_concurrent_batches - 1 + late
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -123,15 +134,16 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
             blocks = [block.block_id for block in grants.take_unsent()]
             # vLLM counts all that came before into the prompt of a session that goes on: what was decided stays decided.
             prompt = self._prompts.setdefault(req_id, request.num_prompt_tokens)
-            meta.grants[req_id] = StepGrant(grants.epoch, blocks, covered, remaining, last, ahead, prompt)
+            meta.grants[req_id] = StepGrant(grants.epoch, blocks, tokens, covered, remaining, last, ahead, prompt)
         return meta
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         reports = connector_output.kv_connector_worker_meta
         if isinstance(reports, PruneReports):
             assert self._manager is not None
-            for req_id, report in reports.reports.items():
-                self._manager.accept(req_id, report)
+            for req_id, told in reports.reports.items():
+                for report in told:
+                    self._manager.accept(req_id, report)
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
@@ -164,7 +176,7 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
     # Worker side -------------------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        from vllm_prune.attention.state import find_state
+        from vllm_prune.attention.step_state import find_state
 
         self._state = find_state(self._vllm_config)
         self._state.bind(kv_caches)

@@ -230,12 +230,28 @@ def test_platform(tmp_path):
     real = configure(QWEN3(tmp_path))
     real.kv_transfer_config = None
     compat.check(real)
-    elsewhere = SimpleNamespace(**{**vars(real), "device_config": SimpleNamespace(device_type="cuda")})
+    elsewhere = SimpleNamespace(**{**vars(real), "device_config": SimpleNamespace(device_type="xpu")})
     (refusal,) = [refusal for refusal in compat.REFUSALS if refusal.name == "platform"]
     with pytest.raises(compat.PruneError) as caught:
         compat.check(elsewhere)
     assert refusal.reason in str(caught.value)
     assert refusal.way_out in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("head-size", {"head_dim": 32}), ("dtype", {"dtype": torch.float64}), ("block-size", {"block_size": 96})],
+)
+def test_what_a_gpu_does_not_take(tmp_path, name, changes):
+    """Each device has a table of its own: what is fine on one is refused on another."""
+    build = gated(tiny_config("qwen3", head_dim=changes.get("head_dim", 64)), "PrunedQwen3ForCausalLM")
+    real = configure(build(tmp_path))
+    real.kv_transfer_config = None
+    real.model_config.dtype = changes.get("dtype", torch.bfloat16)
+    real.cache_config.block_size = changes.get("block_size", 64)
+    gpu = SimpleNamespace(**{**vars(real), "device_config": SimpleNamespace(device_type="cuda")})
+    with pytest.raises(compat.PruneError, match=name):
+        compat.check(gpu)
 
 
 # vLLM's version ------------------------------------------------------------------------------------------------------

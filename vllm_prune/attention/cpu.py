@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from vllm import _custom_ops as ops
 from vllm import envs
-from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_prune.attention.boundary import BoundarySteps
+from vllm_prune.attention.impl import GatedImpl
 from vllm_prune.attention.masked import gather_keys, gather_lane, tiled_attention
 from vllm_prune.attention.serving import DelayRule, QueryRule, RequestRule, Rule, WriteRule
 from vllm_prune.attention.some_lanes import LanePlan, SomeLanes, pick_lanes
@@ -24,7 +24,6 @@ from vllm_prune.cache.lane_ops import NEVER, Tokens, check, lib
 from vllm_prune.gates import BoundaryRule
 
 if TYPE_CHECKING:
-    from vllm_prune.attention.serving import ServedGate
     from vllm_prune.attention.state import Passed, PruneAttentionMetadata, Rows, WorkerState
     from vllm_prune.cache.lanes import LaneStore
     from vllm_prune.gates.shadow import ShadowGate
@@ -32,42 +31,13 @@ if TYPE_CHECKING:
     from vllm_prune.models.sparse import Chooser
 
 
-class PruneCPUImpl(AttentionImpl):
+class PruneCPUImpl(GatedImpl):
     """One gated layer. See the module."""
 
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int,
-        alibi_slopes: list[float] | None = None,
-        sliding_window: int | None = None,
-        kv_cache_dtype: str = "auto",
-        logits_soft_cap: float | None = None,
-        attn_type: str = AttentionType.DECODER,
-        kv_sharing_target_layer_name: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        unsupported = {
-            "ALiBi": alibi_slopes is not None,
-            "a sliding window": sliding_window is not None,
-            "KV sharing between layers": kv_sharing_target_layer_name is not None,
-            "attention sinks": kwargs.get("sinks") is not None,
-            "soft-capping of attention logits": bool(logits_soft_cap),
-            f"attention type {attn_type}": attn_type != AttentionType.DECODER,
-        }
-        for what, present in unsupported.items():
-            if present:
-                raise NotImplementedError(f"vllm-prune: {what} cannot be served with drop gates; serve the base model.")
-        self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, head_size
-        self.group = num_heads // num_kv_heads
-        self.scale = float(scale)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.state: WorkerState | None = None
-        self.serving: ServedGate
         self.tokens = Tokens()
-        self.index = 0
-        self.rule: Rule | None = None
         self.router: Router | None = None
         self.boundaries: BoundarySteps | None = None
         self.chooser: Chooser | None = None

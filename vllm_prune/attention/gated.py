@@ -6,6 +6,7 @@ would be free to reorder them.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,8 @@ from vllm.model_executor.layers.attention.attention import get_attention_context
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
-from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.attention.backend import AttentionBackend
 
-from vllm_prune.attention.backend import PruneCPUBackend
 from vllm_prune.attention.serving import ServedGate, rule_of
 from vllm_prune.cache.spec import PruneSpec
 from vllm_prune.config import DropGateConfig, served_section
@@ -64,6 +64,17 @@ def section_of(vllm_config: VllmConfig) -> DropGateConfig:
     return served_section(vllm_config)
 
 
+def backend_class() -> type[AttentionBackend]:
+    """Of this platform. Imported here: each needs what the other's machines lack."""
+    if current_platform.is_cuda():
+        from vllm_prune.attention.cuda_backend import PruneCUDABackend
+
+        return PruneCUDABackend
+    from vllm_prune.attention.backend import PruneCPUBackend
+
+    return PruneCPUBackend
+
+
 class GatedAttention(Attention):
     """Attention whose keys may expire. Holds the layer's gate; ``features`` computes what the op needs of it.
 
@@ -71,7 +82,7 @@ class GatedAttention(Attention):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs["attn_backend"] = PruneCPUBackend
+        kwargs["attn_backend"] = backend_class()
         super().__init__(*args, **kwargs)
         vllm_config = get_current_vllm_config()
         self.section = section_of(vllm_config)
@@ -83,6 +94,12 @@ class GatedAttention(Attention):
             gate = self.section.build_gate().at_layer(extract_layer_index(self.layer_name))
             self.drop_gate = gate.to(torch.float32 if self.section.dtype == "float32" else torch.get_default_dtype())
             self.drop_gate.requires_grad_(False)
+        if current_platform.is_cuda() and extract_layer_index(self.layer_name) == 0:
+            from vllm_prune.attention.device_state import bookkeeping_bytes
+
+            self.impl.bookkeeping = partial(  # type: ignore[attr-defined]
+                bookkeeping_bytes, vllm_config, self.get_kv_cache_spec(vllm_config), self.serving.num_units
+            )
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         super().process_weights_after_loading(act_dtype)
@@ -113,7 +130,7 @@ class GatedAttention(Attention):
         )
         return output
 
-    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> PruneSpec:
         dense = self.serving.reveal in (None, Reveal.NONE, Reveal.PER_REQUEST)  # the last until its prompt ends
         return PruneSpec(
             block_size=vllm_config.cache_config.block_size,

@@ -123,7 +123,7 @@ def rule_of(gate: Gate, section: DropGateConfig) -> Rule:
         return gate.rule(section.strength, section.protection)
     shift = decision_shift(section.strength) * gate.unit
     if isinstance(gate, DCPGate):
-        biases = gate.beta.float().reshape(-1).numpy() + np.float32(shift)
+        biases = gate.beta.float().cpu().reshape(-1).numpy() + np.float32(shift)
         return QueryRule(1.0 / math.sqrt(gate.unit_rank), biases.astype(np.float32))
     if isinstance(gate, DMSGate):
         return DelayRule(shift, max(gate.delay, section.protect.window))
@@ -131,6 +131,6 @@ def rule_of(gate: Gate, section: DropGateConfig) -> Rule:
         delay = max(gate.window_at(section.strength), section.protect.window)
         return WriteRule(np.zeros(1, np.uint32), 0, delay)
     if isinstance(gate, RandomGate):
-        salts = gate.salts().numpy().astype(np.uint32)
+        salts = gate.salts().cpu().numpy().astype(np.uint32)
         return WriteRule(salts, gate.limit(section.strength), max(gate.delay, section.protect.window))
     raise NotImplementedError(f"gate method {gate.method} cannot be served yet")

@@ -1,31 +1,23 @@
-"""What a worker holds between and within steps: the lane store, the rows of the running step, its reports.
-
-One per model on a worker, made by the metadata builder, found by the connector through the model's layers.
-"""
+"""What a worker on CPU holds between and within steps: the lane store, the rows of the running step, its reports."""
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from vllm_prune.cache.grants import LaneReport
+from vllm_prune.attention.step_state import StepState, Told
 from vllm_prune.cache.lanes import LaneStore
 from vllm_prune.cache.spec import PruneSpec
-from vllm_prune.config import server_options
 from vllm_prune.gates import Reveal
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from vllm_prune.attention.gated import GatedAttention
     from vllm_prune.attention.some_lanes import LanePlan
     from vllm_prune.connector import PruneMetadata, StepGrant
-
-logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's logger: only that one has a handler
 
 
 class Rows:
@@ -85,30 +77,14 @@ class PruneAttentionMetadata:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-class WorkerState:
-    """See the module.
+class WorkerState(StepState):
+    """See the module. Arguments as for ``StepState``."""
 
-    Args:
-        vllm_config: of the engine.
-        spec: the cache spec of the gated layers.
-        layer_names: of the gated layers, in model order.
-    """
+    store: LaneStore | None
 
     def __init__(self, vllm_config: VllmConfig, spec: PruneSpec, layer_names: list[str]) -> None:
-        self.spec = spec
-        self.layer_names = layer_names
-        self.max_requests = vllm_config.scheduler_config.max_num_seqs
-        self.max_tokens = vllm_config.model_config.max_model_len
-        self.chunk_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        self.record = bool(server_options(vllm_config).get("record", False))
-        self.layers: list[GatedAttention] = [
-            vllm_config.compilation_config.static_forward_context[name] for name in layer_names
-        ]
-        self.serving = self.layers[0].serving
-        self.store: LaneStore | None = None
+        super().__init__(vllm_config, spec, layer_names)
         self._step: dict[str, StepGrant] = {}
-        for index, layer in enumerate(self.layers):
-            layer.impl.attach(self, index)  # type: ignore[attr-defined]
 
     def bind(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Attach the allocated KV cache."""
@@ -160,8 +136,8 @@ class WorkerState:
             store.reserve_events(live + total * store.geometry.num_layers * store.units)
         return PruneAttentionMetadata(total, self, rows.pick(single), rows.pick(~single & (tokens > 0)))
 
-    def end_step(self) -> tuple[dict[str, LaneReport], set[int]]:
-        """Close the step: reports of its requests, and first blocks of those that can never go on (see ``_doomed``)."""
+    def end_step(self) -> Told:
+        """Close the step: reports of its requests, and first blocks of those that can never go on (see ``doomed``)."""
         step, self._step = self._step, {}
         if not step:
             return {}, set()
@@ -174,40 +150,13 @@ class WorkerState:
             store.take_events()
         ahead = {req_id: grant.in_flight for req_id, grant in step.items() if grant.in_flight}
         reports = store.report({req_id: grant.covered for req_id, grant in step.items()}, ahead)
-        return reports, self._doomed(step, reports)
-
-    def _doomed(self, step: dict[str, StepGrant], reports: dict[str, LaneReport]) -> set[int]:
-        """Requests whose next step cannot fit into the whole pool, even alone."""
-        store, geometry = self._store(), self.spec.geometry
-        doomed = set()
-        for req_id, report in reports.items():
-            grant = step[req_id]
-            if grant.last or grant.covered >= self.max_tokens:
-                continue
-            more = max(min(grant.remaining, self.chunk_tokens), 1)
-            blocks = min(geometry.blocks_for_pages(report.pages[0] + geometry.pages_for(more)),
-                         geometry.blocks_for(grant.covered + more))  # fmt: skip
-            if more < 3:
-                blocks = min(blocks, geometry.blocks_for_pages(report.pages[more]))
-            if blocks > store.num_blocks - 1:
-                logger.error(
-                    "vllm-prune: request %s ends with an error: its gates kept %d head-pages of the first %d tokens, and "
-                    "the next %d tokens need %d blocks where the pool has %d. Raise the KV cache memory or the gate "
-                    "strength, or lower max_model_len or max_num_batched_tokens.",
-                    req_id, report.pages[0], grant.covered, more, blocks, store.num_blocks - 1,
-                )  # fmt: skip
-                doomed.add(store.slots[req_id].first_block)
-        return doomed
+        doomed = {
+            store.slots[req_id].first_block
+            for req_id, report in reports.items()
+            if self.doomed(req_id, step[req_id], report, store.num_blocks)
+        }
+        return {req_id: [report] for req_id, report in reports.items()}, doomed
 
     def _store(self) -> LaneStore:
         assert self.store is not None, "the KV cache is not bound yet"
         return self.store
-
-
-def find_state(vllm_config: VllmConfig) -> WorkerState:
-    """The state of the gated model that this worker runs."""
-    for layer in vllm_config.compilation_config.static_forward_context.values():
-        state = getattr(getattr(layer, "impl", None), "state", None)
-        if isinstance(state, WorkerState):
-            return state
-    raise RuntimeError("vllm-prune: no gated layer on this worker")

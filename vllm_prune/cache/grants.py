@@ -20,7 +20,7 @@ class LaneReport:
     Attributes:
         epoch: of the grant log it speaks of; a report about an earlier life of the request is ignored.
         covered: tokens of the request computed so far.
-        pages: head-pages in use now, and after 1 and 2 more tokens if those are kept in every lane.
+        pages: head-pages in use now, and after 1, 2, ... more tokens if those are kept in every lane.
         keep: grants [0, keep) are still needed; the worker will never again use grants [keep, seen).
         seen: length of the grant log when the worker spoke.
         dropped: keys dropped so far, summed over layers and eviction units.
@@ -30,7 +30,7 @@ class LaneReport:
 
     epoch: int
     covered: int
-    pages: tuple[int, int, int]
+    pages: tuple[int, ...]
     keep: int
     seen: int
     dropped: int = 0
@@ -48,7 +48,7 @@ class LaneReport:
         return LaneReport(
             epoch=self.epoch,
             covered=self.covered,
-            pages=tuple(map(max, self.pages, other.pages)),  # type: ignore[arg-type]
+            pages=tuple(map(max, self.pages, other.pages)),
             keep=max(self.keep, other.keep),
             seen=self.seen,
             dropped=min(self.dropped, other.dropped),

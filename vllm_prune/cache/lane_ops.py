@@ -69,13 +69,13 @@ class Boundary(ctypes.Structure):
         return self
 
 
-def _load() -> ctypes.CDLL:
+def _load() -> Any:
     spec = find_spec("vllm_prune.cache._lanes")
     if spec is None or spec.origin is None:
         raise ImportError(
             "vllm-prune: the compiled part is missing. Install the package with pip (a C compiler is needed from source)."
         )
-    lib = ctypes.CDLL(spec.origin)
+    lib: Any = ctypes.CDLL(spec.origin)
     s, p, n, i, f, t = POINTER(Store), c_void_p, c_int64, c_int32, c_float, POINTER(Tokens)
     rows, b = [s, n, n, p, p, p, t], POINTER(Boundary)
     signatures: dict[str, tuple[Any, list[Any]]] = {
@@ -102,10 +102,20 @@ def _load() -> ctypes.CDLL:
     for name, (result, arguments) in signatures.items():
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
+    lib.signatures = signatures
     return lib
 
 
-lib = _load()
+class _Loops:
+    """The library, loaded when a function of it is first wanted: on a GPU none ever is, and it need not be there."""
+
+    def __getattr__(self, name: str) -> Any:
+        lib = _load()
+        self.__dict__.update({key: getattr(lib, key) for key in lib.signatures})
+        return self.__dict__[name]
+
+
+lib = _Loops()
 
 _ERRORS = {-1: "a request ran out of granted pages", -2: "the event buffer overflowed", -3: "out of memory"}
 

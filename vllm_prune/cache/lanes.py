@@ -15,6 +15,7 @@ import torch
 from vllm_prune.cache.geometry import LaneGeometry, cdiv
 from vllm_prune.cache.grants import LaneReport
 from vllm_prune.cache.lane_ops import NEVER, Lanes, check, lib
+from vllm_prune.cache.views import layers_in_one
 
 
 @dataclass
@@ -91,17 +92,7 @@ class LaneStore:
             RuntimeError: the layers do not lie back to back in one storage.
         """
         g = self.geometry
-        page = 2 * g.block_tokens * g.head_size
-        stride = self.num_blocks * g.num_kv_heads * page * layers[0].element_size()
-        base = layers[0].data_ptr()
-        for i, layer in enumerate(layers):
-            shape = (self.num_blocks, g.num_kv_heads, g.block_tokens, 2 * g.head_size)
-            if tuple(layer.shape) != shape or not layer.is_contiguous() or layer.data_ptr() != base + i * stride:
-                raise RuntimeError(
-                    f"vllm-prune: layer {i} of the KV cache is {tuple(layer.shape)} at an unexpected place; "
-                    "the layout LBHNC with all layers in one storage is needed"
-                )
-        flat = torch.as_strided(layers[0], (self.num_pages, page), (page, 1), layers[0].storage_offset())
+        flat = layers_in_one(layers, self.num_blocks, g.num_kv_heads, g.block_tokens, g.head_size)
         self.kv_tensor = flat
         self.lanes.bind(flat)
 

@@ -172,7 +172,7 @@ def execute(job: Job) -> Result:
 
 def _expiry(core: Any, request_id: str, tokens: int) -> list[list[list[int]]]:
     """The record of drops; must be read before another step, which ends the request on the worker."""
-    from vllm_prune.attention.state import find_state
+    from vllm_prune.attention.step_state import find_state
 
     runner = core.model_executor.driver_worker.worker.model_runner
     store = find_state(runner.vllm_config).store

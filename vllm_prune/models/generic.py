@@ -17,6 +17,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 
 from vllm_prune.attention.gated import GatedAttention
+from vllm_prune.config import serves_stock
 from vllm_prune.models.loading import load_gate_weights, without_gates
 
 _FEATURES = "drop_gate_features"
@@ -45,6 +46,8 @@ class PrunedTransformersForCausalLM(TransformersForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        if serves_stock(vllm_config):
+            return
         # Only now: while building, vLLM recognises attention modules by its own name here.
         ALL_ATTENTION_FUNCTIONS.register("vllm_prune", gated_attention_forward)
         self.text_config._attn_implementation = "vllm_prune"
@@ -53,7 +56,8 @@ class PrunedTransformersForCausalLM(TransformersForCausalLM):
                 module.register_forward_pre_hook(_add_features, with_kwargs=True)
 
     def _get_attn_cls(self) -> type[AttentionLayerBase]:
-        return GatedAttention
+        return super()._get_attn_cls() if serves_stock(self.vllm_config) else GatedAttention
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        return super().load_weights(without_gates(weights)) | load_gate_weights(self, self.vllm_config)
+        loaded = super().load_weights(without_gates(weights))
+        return loaded if serves_stock(self.vllm_config) else loaded | load_gate_weights(self, self.vllm_config)

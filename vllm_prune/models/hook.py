@@ -23,6 +23,7 @@ from vllm_prune.config import (
     load_gates,
     served_section,
     server_options,
+    serves_stock,
 )
 from vllm_prune.errors import PruneError
 from vllm_prune.gates import Reveal
@@ -33,8 +34,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's logger: only that one has a handler
 
-BLOCK_TOKENS = 32
-"""Tokens a block unless --block-size says otherwise: the least that vLLM's CPU kernel takes at full speed."""
+BLOCK_TOKENS = {"cpu": 32, "cuda": 64}
+"""Tokens a block unless --block-size says otherwise: the least that vLLM's CPU kernel takes at full speed; on a GPU the page
+table, in reach of every lane for its longest request, weighs more than half a page a lane."""
+
+OP = "vllm_prune::gated_attention"
 
 OPTIONS = {"strength": float, "record": bool, "keep": float}
 """Server options: ``--additional-config '{"vllm_prune": {...}}'``."""
@@ -97,6 +101,25 @@ def prepare_skipping(vllm_config: VllmConfig, section: DropGateConfig) -> None:
         vllm_config.model_config.enforce_eager = True
 
 
+def prepare_cuda(vllm_config: VllmConfig, section: DropGateConfig, served: ServedGate) -> None:
+    """What a GPU needs: piecewise graphs must leave our attention op out, as they do vLLM's own.
+
+    Raises:
+        PruneError: the method is served on CPU only.
+    """
+    if served.routes or served.reveal not in (Reveal.BY_QUERY, Reveal.DELAYED, Reveal.AT_WRITE):
+        raise PruneError(
+            f"refused (method-on-gpu): {section.method} is served on CPU only so far.",
+            "Serve DCP, DMS, window or random gates on a GPU, or run on the CPU build of vLLM.",
+        )
+    compilation = vllm_config.compilation_config
+    ops = compilation.splitting_ops
+    if ops is None:
+        compilation.splitting_ops = [*compilation._attention_ops, OP]
+    elif ops and OP not in ops:
+        compilation.splitting_ops = [*ops, OP]
+
+
 class GatedModelConfig(VerifyAndUpdateConfig):
     """See the module."""
 
@@ -109,7 +132,13 @@ class GatedModelConfig(VerifyAndUpdateConfig):
         gate_file = find_gate_file(model.model, model.revision)
         load_gates(gate_file, section)
         check_calibration(gate_file, section)
+        device = vllm_config.device_config.device_type
+        if serves_stock(vllm_config):
+            logger.info("vllm-prune: every gate is open (strength 0): the base is served as it is")
+            return
         served = ServedGate.of(section)
+        if device == "cuda":
+            prepare_cuda(vllm_config, section, served)
         if served.routes or served.reveal is Reveal.NONE:
             prepare_skipping(vllm_config, section)
         if served.whole_prompt:
@@ -117,9 +146,8 @@ class GatedModelConfig(VerifyAndUpdateConfig):
         cache = vllm_config.cache_config
         if not cache.user_specified_block_size:
             # Small pages come free sooner: half a page a lane is idle on average. The CPU platform would choose 128.
-            cache.block_size, cache.user_specified_block_size = BLOCK_TOKENS, True
+            cache.block_size, cache.user_specified_block_size = BLOCK_TOKENS[device], True
         try:
-            served = ServedGate.of(section)
             LaneGeometry(
                 section.num_layers,
                 section.num_kv_heads,
@@ -135,8 +163,10 @@ class GatedModelConfig(VerifyAndUpdateConfig):
         if vllm_config.cache_config.enable_prefix_caching:
             logger.info("vllm-prune: prefix caching is switched off (not supported with drop gates yet)")
         vllm_config.cache_config.enable_prefix_caching = False
+        # No consumer: blocks of a request that ended while a step is in flight may go to the next one at once, since all that
+        # touches them is in the order of one stream.
         vllm_config.kv_transfer_config = KVTransferConfig(
-            kv_connector=CONNECTOR, kv_connector_module_path=CONNECTOR_MODULE, kv_role="kv_both"
+            kv_connector=CONNECTOR, kv_connector_module_path=CONNECTOR_MODULE, kv_role="kv_producer"
         )
         logger.info(
             "vllm-prune: %s gates at strength %g, %d layers, planned kept fraction %g",

@@ -18,7 +18,7 @@ from vllm.model_executor.models.qwen3 import Qwen3Attention, Qwen3DecoderLayer, 
 
 from vllm_prune.attention.gated import GatedAttention
 from vllm_prune.attention.serving import ServedGate
-from vllm_prune.config import served_section
+from vllm_prune.config import served_section, serves_stock
 from vllm_prune.gates import PromptGate, Reveal
 from vllm_prune.gates.routing import RoutingGate
 from vllm_prune.models.loading import load_gate_weights, without_gates
@@ -108,6 +108,8 @@ class GatedModelMixin:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self._vllm_config = vllm_config
+        if serves_stock(vllm_config):
+            return
         layers = vllm_config.compilation_config.static_forward_context
         for module in self.modules():  # type: ignore[attr-defined]
             gated = self.gated_attention.get(type(module))
@@ -122,7 +124,9 @@ class GatedModelMixin:
             module.__class__ = gated
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        loaded = super().load_weights(without_gates(weights))  # type: ignore[misc]
+        loaded: set[str] = super().load_weights(without_gates(weights))  # type: ignore[misc]
+        if serves_stock(self._vllm_config):
+            return loaded
         loaded |= load_gate_weights(self, self._vllm_config)  # type: ignore[arg-type]
         router = router_of(self)  # type: ignore[arg-type]
         if router is not None:
@@ -132,7 +136,7 @@ class GatedModelMixin:
             from vllm_prune.models.sparse import make_sparse
 
             self.chooser = make_sparse(self, section.strength)  # type: ignore[arg-type]
-        return loaded  # type: ignore[no-any-return]
+        return loaded
 
 
 class PrunedQwen3ForCausalLM(GatedModelMixin, Qwen3ForCausalLM):

@@ -1,36 +1,14 @@
-"""Attention received on Triton against its naive twin, and that against the walk that defines what gates decide by.
-
-Without a GPU the kernel runs under Triton's interpreter, which must be chosen before anything imports Triton: in a process of
-its own, since other tests import vLLM and torch's compiler.
-"""
+"""Attention received on Triton against its naive twin, and that against the walk that defines what gates decide by."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from device import DEVICE
+from vllm_prune_kernels.received import received, received_naive
 
 from vllm_prune.gates import NEVER, BoundaryRule
 from vllm_prune.gates.boundary import walk
-
-pytest.importorskip("triton")
-from vllm_prune_kernels.received import received, received_naive
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RUNS_HERE = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-here = pytest.mark.skipif(not RUNS_HERE, reason="runs in the process of test_under_the_interpreter")
-
-
-@pytest.mark.skipif(RUNS_HERE, reason="this is that process")
-def test_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0 and "12 passed" in done.stdout, done.stdout + done.stderr
 
 
 def rows(c: int, s: int, kv_heads: int, group: int, size: int, seed: int, dtype: torch.dtype = torch.float32):
@@ -50,7 +28,6 @@ def rows(c: int, s: int, kv_heads: int, group: int, size: int, seed: int, dtype:
     return [x.to(DEVICE) for x in (query, key, lse, position, expiry, seen)], s
 
 
-@here
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("c", "s", "kv_heads", "group", "size", "span"),
@@ -63,7 +40,6 @@ def test_the_kernel_is_its_twin(c, s, kv_heads, group, size, span, dtype):
     torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-4)
 
 
-@here
 def test_the_twin_is_what_gates_decide_by():
     """Segment after segment of a sequence in which keys expire: the same mass as the walk's."""
     t, rule, scale = 100, BoundaryRule(grid=16, span=24, after=24, sinks=1, threshold=0.95), 0.4
@@ -85,7 +61,6 @@ def test_the_twin_is_what_gates_decide_by():
     torch.testing.assert_close(total, mass[0], rtol=1e-4, atol=1e-5)
 
 
-@here
 def test_shapes_that_do_not_fit_are_refused():
     inputs, start = rows(2, 5, 2, 1, 32, seed=0)
     with pytest.raises(ValueError, match="multiple"):

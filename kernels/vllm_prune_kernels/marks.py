@@ -1,0 +1,148 @@
+"""Expiries known without scores: decisions of the next token (DMS), and those made at write (window, random).
+
+DMS: token j + 1 decides about key j; its expiry is then j + 1 + delay. The first token of a step decides about the newest key in
+the lanes, the others about the step's own. Window and random: position + 1 + delay unless a hash of the position lets the key
+live. ``marks_naive`` is the twin. Letters as in ``lanes``; R rows, T tokens, C of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .lanes import NEVER, Lanes
+from .rows import Rows
+
+TILE = 128
+
+
+@triton.jit
+def _mix(x):
+    """32 well mixed bits of 32, as ``gates/random_drop.py`` has them."""
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _delayed(
+    table, length, position, expiry, row_slot, first, row_start, features, chunk, threshold, delay, sinks, layer, stride, lanes,
+    W, total, PER_LAYER: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr, NEVER: tl.constexpr,
+):  # fmt: skip
+    row, unit = tl.program_id(0), tl.program_id(1)
+    slot = tl.load(row_slot + row).to(tl.int64)
+    if slot < 0:
+        return
+    begin = tl.load(first + row)
+    count = tl.load(first + row + 1) - begin
+    start = tl.load(row_start + row)
+    if tl.program_id(2) == 0:
+        lane = slot * lanes + layer * PER_LAYER + unit
+        newest = tl.load(length + lane) - 1
+        if newest >= 0:
+            evicts = tl.load(features + begin.to(tl.int64) * stride + unit).to(tl.float32) > threshold
+            at = tl.load(table + lane * W + newest // N).to(tl.int64) * N + newest % N
+            evicts = evicts & (tl.load(position + at) >= sinks)
+            tl.store(expiry + at, start + delay, mask=evicts)
+    i = tl.program_id(2) * TILE + tl.arange(0, TILE)
+    after = begin.to(tl.int64) + i + 1
+    says = tl.load(features + after * stride + unit, mask=i + 1 < count, other=0.0).to(tl.float32)
+    evicts = (i + 1 < count) & (says > threshold) & (start + i >= sinks)
+    tl.store(chunk + unit * total + begin + i, tl.where(evicts, start + i + 1 + delay, NEVER), mask=i < count)
+
+
+@triton.jit
+def _at_write(
+    row_slot, first, row_start, chunk, salts, limit, delay, sinks, total, TILE: tl.constexpr, NEVER: tl.constexpr
+):  # fmt: skip
+    row, unit = tl.program_id(0), tl.program_id(1)
+    if tl.load(row_slot + row) < 0:
+        return
+    begin = tl.load(first + row)
+    count = tl.load(first + row + 1) - begin
+    i = tl.program_id(2) * TILE + tl.arange(0, TILE)
+    p = tl.load(row_start + row) + i
+    salt = tl.load(salts + unit).to(tl.uint32)
+    hashed = _mix(_mix(p.to(tl.uint32)) ^ salt)
+    lives = (p < sinks) | (hashed.to(tl.int64) < limit)
+    tl.store(chunk + unit * total + begin + i, tl.where(lives, NEVER, p + 1 + delay), mask=i < count)
+
+
+def delayed(
+    lanes: Lanes, rows: Rows, layer: int, features: torch.Tensor, chunk: torch.Tensor, threshold: float, delay: int, sinks: int,
+    most_tokens: int,
+) -> None:  # fmt: skip
+    """DMS's decisions of a step.
+
+    Args:
+        rows: of the step; ``layer``: 0 to L - 1.
+        features: [T, F], the first E of which are logits.
+        chunk: int32 [E, T], filled for tokens of rows.
+        threshold: a logit above it evicts; delay: w; sinks: protected keys.
+        most_tokens: the most tokens a row has.
+    """
+    s = lanes.sizes
+    if rows.count:
+        _delayed[(rows.count, s.units, triton.cdiv(most_tokens, TILE))](
+            lanes.table, lanes.length, lanes.position, lanes.expiry, rows.slot, rows.first, rows.start, features, chunk,
+            threshold, delay, sinks, layer, features.stride(0), s.lanes, s.width, chunk.shape[1],
+            PER_LAYER=s.per_layer, N=s.page_tokens, TILE=TILE, NEVER=NEVER,
+        )  # fmt: skip
+
+
+def at_write(
+    lanes: Lanes, rows: Rows, chunk: torch.Tensor, salts: torch.Tensor, limit: int, delay: int, sinks: int, most_tokens: int
+) -> None:  # fmt: skip
+    """Expiries of the step's own keys, known when they are written. salts: int64 [E]; limit: 0 lets every key expire, 2^32
+    none. Others as for ``delayed``."""
+    if rows.count:
+        _at_write[(rows.count, lanes.sizes.units, triton.cdiv(most_tokens, TILE))](
+            rows.slot, rows.first, rows.start, chunk, salts, limit, delay, sinks, chunk.shape[1], TILE=TILE, NEVER=NEVER
+        )
+
+
+def mix_naive(x: int) -> int:
+    """``_mix`` of a Python integer."""
+    x ^= x >> 16
+    x = x * 0x7FEB352D & 0xFFFFFFFF
+    x ^= x >> 15
+    x = x * 0x846CA68B & 0xFFFFFFFF
+    return x ^ x >> 16
+
+
+def delayed_naive(lanes: Lanes, rows: Rows, layer: int, features: torch.Tensor, chunk: torch.Tensor, threshold: float, delay: int,
+                  sinks: int) -> None:  # fmt: skip
+    """``delayed``, token by token."""
+    s = lanes.sizes
+    for row, slot in enumerate(rows.slot.tolist()):
+        if slot < 0:
+            continue
+        begin, end, start = int(rows.first[row]), int(rows.first[row + 1]), int(rows.start[row])
+        for unit in range(s.units):
+            lane = layer * s.per_layer + unit
+            newest = int(lanes.length[slot, lane]) - 1
+            if newest >= 0 and float(features[begin, unit]) > threshold:
+                at = (int(lanes.table[slot, lane, newest // s.page_tokens]), newest % s.page_tokens)
+                if int(lanes.position[at]) >= sinks:
+                    lanes.expiry[at] = start + delay
+            for i in range(end - begin):
+                says = i + 1 < end - begin and float(features[begin + i + 1, unit]) > threshold and start + i >= sinks
+                chunk[unit, begin + i] = start + i + 1 + delay if says else NEVER
+
+
+def at_write_naive(
+    lanes: Lanes, rows: Rows, chunk: torch.Tensor, salts: torch.Tensor, limit: int, delay: int, sinks: int
+) -> None:
+    """``at_write``, token by token."""
+    for row, slot in enumerate(rows.slot.tolist()):
+        if slot < 0:
+            continue
+        begin, end, start = int(rows.first[row]), int(rows.first[row + 1]), int(rows.start[row])
+        for unit in range(lanes.sizes.units):
+            for i in range(end - begin):
+                p = start + i
+                lives = p < sinks or mix_naive(mix_naive(p) ^ int(salts[unit])) < limit
+                chunk[unit, begin + i] = NEVER if lives else p + 1 + delay

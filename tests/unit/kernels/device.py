@@ -1,0 +1,204 @@
+"""A pool of device lanes driven step by step, by kernels or by their twins, for tests. Letters as in the kernels' ``lanes``."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from vllm_prune_kernels.close import close, close_naive
+from vllm_prune_kernels.crossing import crossing, crossing_naive
+from vllm_prune_kernels.grants import forget, forget_naive, grant, grant_naive, pages_of
+from vllm_prune_kernels.lanes import NEVER, Lanes, Sizes, to_device
+from vllm_prune_kernels.marks import at_write, at_write_naive, delayed, delayed_naive
+from vllm_prune_kernels.plan import page_tokens_of, plan, plan_naive
+from vllm_prune_kernels.rows import Rows, find_rows, rows_naive
+from vllm_prune_kernels.settle import settle, settle_naive, token_rows
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def sizes(**more: Any) -> Sizes:
+    """Small ones."""
+    usual = {"layers": 2, "heads": 2, "units": 1, "page_tokens": 16, "head_size": 16, "gate_rank": 0, "blocks": 40,
+             "slots": 4, "width": 12, "grants": 40}  # fmt: skip
+    return Sizes(**{**usual, **more})
+
+
+@dataclass
+class Request:
+    """A live request of a pool: its slot, tokens so far, length of its grant log, blocks held."""
+
+    slot: int
+    tokens: int = 0
+    log: list[int] = field(default_factory=list)
+    live: list[int] = field(default_factory=list)
+
+
+class Pool:
+    """Lanes, cache and host-side bookkeeping; ``fast`` chooses kernels, else twins."""
+
+    def __init__(
+        self, s: Sizes, fast: bool, method: str, dtype: torch.dtype = torch.float32, record: int = 256
+    ) -> None:
+        self.sizes, self.fast, self.method = s, fast, method
+        self.device = DEVICE if fast else "cpu"
+        self.lanes = Lanes.make(s, self.device, record_tokens=record)
+        self.kv = torch.full((s.pages, s.page_numbers), float("nan"), dtype=dtype, device=self.device)
+        self.requests: dict[int, Request] = {}
+        self.free = list(range(1, s.blocks))
+
+    def begin(self, ended: list[int], step: dict[int, int]) -> None:
+        """Bury, grant and plan: ``step`` has the tokens of each request."""
+        gone = [(slot, self.requests[slot].log[0]) for slot in ended]
+        for slot in ended:
+            self.free += self.requests.pop(slot).live
+        news, plans = [], []
+        for slot, tokens in step.items():
+            request = self.requests.setdefault(slot, Request(slot))
+            pages = sum(
+                -(-(int(self.lanes.length[slot, z]) * (slot not in ended) + tokens) // page_tokens_of(self.lanes, z))
+                for z in range(self.sizes.lanes)
+            )
+            more = max(-(-pages // self.sizes.block_pages) - len(request.live), 0)
+            blocks = [self.free.pop(0) for _ in range(more)]
+            news += [(slot, block, len(request.log) + i, i) for i, block in enumerate(blocks)]
+            request.log += blocks
+            request.live += blocks
+            plans.append((slot, tokens, more))
+        tables = [to_device(x, columns, torch.device(self.device)) for x, columns in ((gone, 2), (news, 4), (plans, 3))]
+        if self.fast:
+            forget(self.lanes, tables[0])
+            grant(self.lanes, tables[1])
+            plan(self.lanes, tables[2], max(step.values()))
+        else:
+            forget_naive(self.lanes, tables[0])
+            grant_naive(self.lanes, tables[1])
+            plan_naive(self.lanes, tables[2])
+
+    def rows(self, step: dict[int, int], padding: int = 1) -> Rows:
+        """Rows of the step, with padding behind them."""
+        first = torch.tensor([0, *step.values()], dtype=torch.int32).cumsum(0).int()
+        first = torch.cat([first, first[-1:].expand(padding)]).to(self.device)
+        rows = Rows.make(len(step) + padding, self.sizes.units, first, self.device)
+        table = torch.zeros(len(step) + padding, 3, dtype=torch.int32)
+        table[: len(step), 0] = torch.tensor([self.requests[slot].log[0] for slot in step])
+        lens = torch.zeros(len(step) + padding, dtype=torch.int32)
+        lens[: len(step)] = torch.tensor([self.requests[slot].tokens + tokens for slot, tokens in step.items()])
+        (find_rows if self.fast else rows_naive)(self.lanes, rows, table.to(self.device), lens.to(self.device))
+        return rows
+
+    def layer(self, layer: int, rows: Rows, step: dict[int, int], inputs: dict[str, Any]) -> torch.Tensor:
+        """Decide and settle; returns the chunk's expiries [E, T]. ``inputs``: key, value, features, and the rule's numbers."""
+        s, most, total = self.sizes, max(step.values()), sum(step.values())
+        key, value, features = (inputs[name].to(self.device) for name in ("key", "value", "features"))
+        chunk = torch.full((s.units, total), NEVER, dtype=torch.int32, device=self.device)
+        rule = inputs["rule"]
+        if self.method == "dcp":
+            args = (self.lanes, self.kv, rows, layer, features, chunk, 0.25, rule["biases"].to(self.device), 2, 3)
+            crossing(*args, splits=3, most_tokens=most) if self.fast else crossing_naive(*args)
+        elif self.method == "dms":
+            args = (self.lanes, rows, layer, features, chunk, 0.4, 7, 1)
+            delayed(*args, most) if self.fast else delayed_naive(*args)
+        else:
+            args = (self.lanes, rows, chunk, rule["salts"].to(self.device), 2**31, 9, 1)
+            at_write(*args, most) if self.fast else at_write_naive(*args)
+        gate = features if s.gate_rank else None
+        if self.fast:
+            rank = torch.zeros_like(chunk)
+            settle(self.lanes, self.kv, rows, layer, key, value, gate, chunk, rank, most, splits=2)
+        else:
+            settle_naive(self.lanes, self.kv, rows, layer, key, value, gate, chunk)
+        return chunk
+
+    def end(self, step: dict[int, int], ahead: int, keep_all: bool = False) -> torch.Tensor:
+        """Close the step, and take back what the reports give up."""
+        table = [(slot, ahead, 0, 0 if keep_all else len(self.requests[slot].log)) for slot in step]
+        rows = torch.tensor(table, dtype=torch.int32, device=self.device)
+        out = (
+            close(self.lanes, self.kv, rows, max(step.values()))
+            if self.fast
+            else close_naive(self.lanes, self.kv, rows)
+        )
+        for (slot, tokens), said in zip(step.items(), out.tolist(), strict=True):
+            request = self.requests[slot]
+            request.tokens += tokens
+            if not keep_all:
+                stay = [block for block in request.live if request.log.index(block) < said[5]]
+                self.free += [block for block in request.live if block not in stay]
+                request.live = stay
+        return out[:, :11].cpu()
+
+    def contents(self) -> dict[Any, Any]:
+        """Everything that matters, by request: lanes token by token, counts, drops."""
+        lanes, s = self.lanes.__class__(self.sizes, *(x.cpu() for x in self.tensors())), self.sizes
+        kv = self.kv.cpu()
+        found: dict[Any, Any] = {}
+        for slot in self.requests:
+            for lane in range(s.lanes):
+                length, h = int(lanes.length[slot, lane]), lane % s.per_layer
+                found[slot, lane] = [token_rows(lanes, kv, slot, lane, j).tolist() for j in range(length)]
+                if h < s.units:
+                    at = [(int(lanes.table[slot, lane, j // 16]), j % 16) for j in range(length)]
+                    found[slot, lane, "who"] = [(int(lanes.position[x]), int(lanes.expiry[x])) for x in at]
+            found[slot, "dropped"] = lanes.dropped[slot].tolist()
+            found[slot, "recorded"] = lanes.recorded[slot].tolist()
+        return found
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [getattr(self.lanes, f.name) for f in fields(self.lanes) if f.name != "sizes"]
+
+    def check(self) -> None:
+        """Each page has one owner, and free pages and used ones are the pages of live blocks."""
+        lanes, s = self.lanes.__class__(self.sizes, *(x.cpu() for x in self.tensors())), self.sizes
+        assert int(lanes.error) == 0
+        for slot, request in self.requests.items():
+            n = int(lanes.n_live[slot])
+            assert lanes.live_block[slot, :n].tolist() == request.live
+            own = {page for block in request.live for page in pages_of(lanes, block)}
+            free = {
+                page for block in request.live for page in lanes.block_free[block, : int(lanes.n_free[block])].tolist()
+            }
+            used = []
+            for lane in range(s.lanes):
+                for index in range(int(lanes.held[slot, lane])):
+                    page = int(lanes.table[slot, lane, index])
+                    assert (int(lanes.page_lane[page]), int(lanes.page_index[page])) == (lane, index)
+                    used.append(page)
+            assert len(set(used)) == len(used) and not free & set(used) and free | set(used) == own
+
+
+def random_steps(s: Sizes, seed: int, steps: int) -> list[tuple[list[int], dict[int, int]]]:
+    """Requests that end before each step, and the tokens of those that take part in it."""
+    rng = random.Random(seed)
+    plans: list[tuple[list[int], dict[int, int]]] = []
+    tokens: dict[int, int] = {}
+    for _ in range(steps):
+        ended = [slot for slot in list(tokens) if rng.random() < 0.08 or tokens[slot] > 110]
+        for slot in ended:
+            del tokens[slot]
+        step = {}
+        for slot in rng.sample(range(s.slots), s.slots):
+            if rng.random() < 0.75:
+                step[slot] = rng.choice([1, 1, 1, 2, 15, 16, 17, 40]) if slot in tokens else rng.choice([1, 5, 33, 50])
+                tokens[slot] = tokens.get(slot, 0) + step[slot]
+        if step:
+            plans.append((ended, step))
+        else:
+            tokens = {slot: n for slot, n in tokens.items() if slot not in ended}
+            plans.append((ended, {0: 1}))
+            tokens[0] = tokens.get(0, 0) + 1
+    return plans
+
+
+def random_inputs(s: Sizes, total: int, method: str, g: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
+    """Keys, values and features of a step's tokens."""
+    wide = {"dcp": 2 * s.units * s.gate_rank, "dms": s.units}.get(method, 1)
+    return {
+        "key": torch.randn(total, s.heads, s.head_size, generator=g).to(dtype),
+        "value": torch.randn(total, s.heads, s.head_size, generator=g).to(dtype),
+        # Halves: dot products are exact in any order, and never a tie with a bias.
+        "features": ((2 * torch.randn(total, wide, generator=g)).round() / 2).to(dtype),
+        "rule": {"biases": torch.linspace(1.2, 1.5, s.units), "salts": torch.arange(s.units) * 977 + 5},
+    }

@@ -1,0 +1,103 @@
+"""Gated attention on a GPU: decide, attend to chunks, drop and write, attend to single tokens; per layer and step.
+
+All of it is kernels of ours (``vllm_prune_kernels``) on tensors at fixed addresses, so that a step of single tokens can be
+captured as one CUDA graph. Letters: T tokens of the step, H KV heads, G query heads per KV head, D head size, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm_prune_kernels.crossing import crossing
+from vllm_prune_kernels.decode import decode
+from vllm_prune_kernels.marks import at_write, delayed
+from vllm_prune_kernels.prefill import prefill
+from vllm_prune_kernels.rows import find_rows
+from vllm_prune_kernels.settle import settle
+
+from vllm_prune.attention.impl import GatedImpl
+from vllm_prune.attention.serving import DelayRule, QueryRule, WriteRule
+
+if TYPE_CHECKING:
+    from vllm_prune.attention.device_state import DeviceAttentionMetadata, DeviceState
+
+PROGRAMS = 264
+"""Programs that fill a large GPU twice: how far work on few rows is split."""
+
+
+class PruneCUDAImpl(GatedImpl):
+    """One gated layer. See the module."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.state: DeviceState | None = None
+        self.reserved: torch.Tensor | None = None
+        self.bookkeeping: Callable[[], int] | None = None
+        self._constants: torch.Tensor | None = None
+
+    def attach(self, state: DeviceState, index: int) -> None:
+        self.state, self.index, self.serving = state, index, state.serving
+        if isinstance(self.rule, QueryRule):
+            self._constants = torch.from_numpy(self.rule.biases).to(state.device)
+        elif isinstance(self.rule, WriteRule):
+            self._constants = torch.from_numpy(self.rule.salts.astype("int64")).to(state.device)
+
+    def forward(  # type: ignore[override]
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: DeviceAttentionMetadata | None,
+        output: torch.Tensor,
+        features: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Gated attention of a step.
+
+        Args:
+            layer: the attention layer.
+            query: [T, H * G, D]; key, value: [T, H, D]; output: like query, written.
+            kv_cache: unused; all layers are reached through the store.
+            attn_metadata: rows of the step; None while profiling, or with no cache bound yet.
+            features: [T, F] of the gate; None when gates are open.
+        """
+        if attn_metadata is None or attn_metadata.state.store is None:  # profiling, of memory or of graphs
+            if self.bookkeeping is not None and self.reserved is None:
+                # vLLM gives the KV cache what profiling leaves: the page tables' share is held until they are made.
+                self.reserved = torch.empty(self.bookkeeping(), dtype=torch.uint8, device=query.device)
+            return output
+        m, state = attn_metadata, attn_metadata.state
+        assert state.store is not None and state.store.kv is not None
+        lanes, kv, rows, most = state.store.lanes, state.store.kv, m.rows, m.most_tokens
+        if self.index == 0:
+            find_rows(lanes, rows, m.block_table, m.seq_lens)
+        self._decide(m, features)
+        if most > 1:
+            prefill(lanes, kv, rows, self.index, query, key, value, state.chunk, state.lists, state.counts, output, self.scale,
+                    most)  # fmt: skip
+        remembered = features if self.serving.rank else None
+        splits = min(max(1, most // 64), 32)
+        settle(lanes, kv, rows, self.index, key, value, remembered, state.chunk, state.rank, most, splits)
+        decode(lanes, kv, rows, self.index, query, output, self.scale, state.accumulators, state.lse, m.splits)
+        return output
+
+    def _decide(self, m: DeviceAttentionMetadata, features: torch.Tensor | None) -> None:
+        """Expiries that the step gives to keys in lanes and to its own."""
+        state, rows, most, served, rule = m.state, m.rows, m.most_tokens, self.serving, self.rule
+        assert state.store is not None and state.store.kv is not None
+        lanes = state.store.lanes
+        if isinstance(rule, QueryRule):
+            assert features is not None and self._constants is not None
+            splits = max(1, min(32, PROGRAMS // (rows.count * served.num_units)))
+            crossing(lanes, state.store.kv, rows, self.index, features, state.chunk, rule.scale, self._constants, served.sinks,
+                     served.window, splits, most)  # fmt: skip
+        elif isinstance(rule, DelayRule):
+            assert features is not None
+            delayed(lanes, rows, self.index, features, state.chunk, rule.threshold, rule.delay, served.sinks, most)
+        elif isinstance(rule, WriteRule):
+            assert self._constants is not None
+            at_write(lanes, rows, state.chunk, self._constants, rule.limit, rule.delay, served.sinks, most)

@@ -1,0 +1,120 @@
+"""What a worker on a GPU holds between and within steps: the device store, and what layers share at fixed addresses.
+
+Whole steps are replayed as CUDA graphs, so everything that a captured kernel reads lies in tensors made once: rows, expiries of
+the step's own keys, scratch. Letters: R rows, T tokens of a step, E eviction units.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from vllm_prune_kernels.decode import scratch_for, splits_for
+from vllm_prune_kernels.lanes import NEVER, bytes_per_page, fixed_bytes
+from vllm_prune_kernels.prefill import list_width
+from vllm_prune_kernels.rows import Rows
+
+from vllm_prune.attention.step_state import StepState, Told
+from vllm_prune.cache.device_store import DeviceStore, sizes_of
+from vllm_prune.cache.spec import PruneSpec
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    from vllm_prune.connector import PruneMetadata
+
+
+@dataclass
+class DeviceAttentionMetadata:
+    """What the attention op reads in a step. Shared by all layers of the model.
+
+    Attributes:
+        state: of the worker.
+        rows: of the step; slots are found by its first layer.
+        block_table: int32 [R, W']; seq_lens: int32 [R]: vLLM's.
+        most_tokens: the most tokens a row has.
+        splits: programs a row and KV head in decode attention.
+    """
+
+    state: DeviceState
+    rows: Rows
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    most_tokens: int
+    splits: int
+
+
+class DeviceState(StepState):
+    """See the module. Arguments as for ``StepState``; device: of the KV cache."""
+
+    store: DeviceStore | None
+
+    def __init__(self, vllm_config: VllmConfig, spec: PruneSpec, layer_names: list[str], device: torch.device) -> None:
+        from vllm_prune.connector import LATE
+
+        self.device, self.late = device, LATE
+        super().__init__(vllm_config, spec, layer_names)
+        # Graphs are captured for numbers of rows that may lie above the most requests.
+        r = max([self.max_requests, *(vllm_config.compilation_config.cudagraph_capture_sizes or [])])
+        e, t = self.serving.num_units, self.chunk_tokens
+        self.chunk = torch.full((e, t), NEVER, dtype=torch.int32, device=device)
+        self.rank = torch.zeros(e, t, dtype=torch.int32, device=device)
+        self.lists = torch.zeros(e, list_width(t), dtype=torch.int32, device=device)
+        self.counts = torch.zeros(e, t, dtype=torch.int32, device=device)
+        self.scratch_rows = Rows.make(r, e, torch.zeros(r + 1, dtype=torch.int32, device=device), device)
+        first = self.layers[0].impl
+        heads, group, size = first.num_kv_heads, first.group, first.head_size  # type: ignore[attr-defined]
+        shapes = [scratch_for(n, heads, group, size, splits_for(n, heads)) for n in range(1, r + 1)]
+        accumulators, sums = (max(torch.Size(shape[i]).numel() for shape in shapes) for i in (0, 1))
+        self.accumulators = torch.empty(accumulators, dtype=torch.float32, device=device)
+        self.lse = torch.empty(sums, dtype=torch.float32, device=device)
+
+    def bind(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        views = [kv_caches[name] for name in self.layer_names]
+        for layer in self.layers:
+            layer.impl.reserved = None  # type: ignore[attr-defined]
+        self.store = DeviceStore(
+            self.spec.geometry, self.max_requests, self.max_tokens, views[0].shape[0], self.serving.num_units,
+            self.spec.max_grants(self.max_tokens), self.device, self.record,
+        )  # fmt: skip
+        self.store.bind(views)
+
+    def begin_step(self, meta: PruneMetadata) -> None:
+        assert self.store is not None, "the KV cache is not bound yet"
+        self.store.begin(meta.ended, meta.grants)
+
+    def end_step(self) -> Told:
+        assert self.store is not None, "the KV cache is not bound yet"
+        self.store.end()
+        reports, doomed = {}, set()  # type: ignore[var-annotated]
+        for req_id, grant, report, slot in self.store.take(self.late):
+            reports.setdefault(req_id, []).append(report)
+            alive = self.store.slots.get(req_id) is slot
+            if alive and self.doomed(req_id, grant, report, self.store.num_blocks):
+                doomed.add(slot.first_block)
+        return reports, doomed
+
+    def metadata(self, m: CommonAttentionMetadata) -> DeviceAttentionMetadata:
+        """Rows of a step from vLLM's batch, nothing read back."""
+        n = m.num_reqs
+        s = self.scratch_rows
+        rows = Rows(s.slot[:n], m.query_start_loc[: n + 1], s.start[:n], s.settled[:n])
+        splits = splits_for(n, self.layers[0].impl.num_kv_heads)  # type: ignore[attr-defined]
+        return DeviceAttentionMetadata(self, rows, m.block_table_tensor[:n], m.seq_lens[:n], m.max_query_len, splits)
+
+
+def bookkeeping_bytes(vllm_config: VllmConfig, spec: PruneSpec, units: int) -> int:
+    """Device memory that page tables will take beside the KV cache that vLLM is about to plan."""
+    cache = vllm_config.cache_config
+    given = cache.kv_cache_memory_bytes
+    if given is None:
+        free, total = torch.cuda.mem_get_info()
+        given = max(int(total * cache.gpu_memory_utilization) - (total - free), 0)
+    sizes = sizes_of(
+        spec.geometry, vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config.max_model_len, 1, units
+    )
+    page = sizes.page_numbers * spec.dtype.itemsize
+    share = bytes_per_page(sizes) / (page + bytes_per_page(sizes))
+    return fixed_bytes(sizes) + int(given * share)

@@ -1,0 +1,98 @@
+"""What a worker holds of its gated model between steps, whatever the device: the connector's view of it.
+
+One per model on a worker, made by the metadata builder, found by the connector through the model's layers.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vllm_prune.cache.grants import LaneReport
+from vllm_prune.cache.spec import PruneSpec
+from vllm_prune.config import server_options
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_prune.attention.gated import GatedAttention
+    from vllm_prune.connector import PruneMetadata, StepGrant
+
+logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's logger: only that one has a handler
+
+Told = tuple[dict[str, list[LaneReport]], set[int]]
+"""Reports by request, and first blocks of requests that can never go on."""
+
+
+class StepState(ABC):
+    """See the module.
+
+    Args:
+        vllm_config: of the engine.
+        spec: the cache spec of the gated layers.
+        layer_names: of the gated layers, in model order.
+
+    Attributes:
+        store: of lanes, once the KV cache is bound.
+    """
+
+    store: Any
+
+    def __init__(self, vllm_config: VllmConfig, spec: PruneSpec, layer_names: list[str]) -> None:
+        self.spec = spec
+        self.layer_names = layer_names
+        self.max_requests = vllm_config.scheduler_config.max_num_seqs
+        self.max_tokens = vllm_config.model_config.max_model_len
+        self.chunk_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        self.record = bool(server_options(vllm_config).get("record", False))
+        self.layers: list[GatedAttention] = [
+            vllm_config.compilation_config.static_forward_context[name] for name in layer_names
+        ]
+        self.serving = self.layers[0].serving
+        self.store = None
+        for index, layer in enumerate(self.layers):
+            layer.impl.attach(self, index)  # type: ignore[attr-defined]
+
+    @abstractmethod
+    def bind(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Attach the allocated KV cache."""
+
+    @abstractmethod
+    def begin_step(self, meta: PruneMetadata) -> None:
+        """Bury the dead first: their blocks may be among the new grants."""
+
+    @abstractmethod
+    def end_step(self) -> Told:
+        """Close the step; says what is known by now."""
+
+    def doomed(self, req_id: str, grant: StepGrant, report: LaneReport, num_blocks: int) -> bool:
+        """Whether a request's next step cannot fit into the whole pool, even alone. Logs why."""
+        geometry = self.spec.geometry
+        if grant.last or grant.covered >= self.max_tokens:
+            return False
+        more = max(min(grant.remaining, self.chunk_tokens), 1)
+        blocks = min(geometry.blocks_for_pages(report.pages[0] + geometry.pages_for(more)),
+                     geometry.blocks_for(grant.covered + more))  # fmt: skip
+        if more < len(report.pages):
+            blocks = min(blocks, geometry.blocks_for_pages(report.pages[more]))
+        if blocks <= num_blocks - 1:
+            return False
+        logger.error(
+            "vllm-prune: request %s ends with an error: its gates kept %d head-pages of the first %d tokens, and "
+            "the next %d tokens need %d blocks where the pool has %d. Raise the KV cache memory or the gate "
+            "strength, or lower max_model_len or max_num_batched_tokens.",
+            req_id, report.pages[0], grant.covered, more, blocks, num_blocks - 1,
+        )  # fmt: skip
+        return True
+
+
+def find_state(vllm_config: VllmConfig) -> StepState:
+    """The state of the gated model that this worker runs."""
+    for layer in vllm_config.compilation_config.static_forward_context.values():
+        state = getattr(getattr(layer, "impl", None), "state", None)
+        if isinstance(state, StepState):
+            return state
+    raise RuntimeError("vllm-prune: no gated layer on this worker")

@@ -1,0 +1,220 @@
+"""The host's side of lanes that live on a GPU: which request has which slot, and the tables that a step sends ahead.
+
+What the CPU's ``LaneStore`` knows of pages only the device knows here (``vllm_prune_kernels.lanes``); the host learns of it by
+reports, copied without waiting and read when they are there. Nothing here reads the device but ``expiries`` (recording, tests).
+Runs in the worker.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from vllm_prune_kernels.close import close
+from vllm_prune_kernels.grants import forget, grant
+from vllm_prune_kernels.lanes import AHEAD, NEVER, Lanes, Sizes
+from vllm_prune_kernels.plan import plan
+
+from vllm_prune.cache.geometry import LaneGeometry, cdiv
+from vllm_prune.cache.grants import LaneReport
+from vllm_prune.cache.views import layers_in_one
+
+if TYPE_CHECKING:
+    from vllm_prune.connector import StepGrant
+
+
+@dataclass
+class DeviceSlot:
+    """One live request: its slot, the epoch and length of its grant log, and the first block of it."""
+
+    slot: int
+    epoch: int
+    first_block: int
+    seen: int = 0
+    peak_pages: int = 0
+
+
+@dataclass
+class Sent:
+    """A report on its way: numbers [n, 12] in pinned memory, the event after their copy, and whose they are."""
+
+    numbers: torch.Tensor
+    done: torch.cuda.Event | None
+    grants: dict[str, StepGrant]
+    states: list[DeviceSlot]
+    seen: list[int]
+
+    def ready(self) -> bool:
+        return self.done is None or self.done.query()
+
+    def wait(self) -> None:
+        if self.done is not None:
+            self.done.synchronize()
+
+
+def sizes_of(geometry: LaneGeometry, max_requests: int, max_tokens: int, num_blocks: int, units: int) -> Sizes:
+    """Of the lanes on the device; arguments as for ``DeviceStore``."""
+    g = geometry
+    dense = g.blocks_for(max_tokens)
+    return Sizes(
+        layers=g.num_layers, heads=g.num_kv_heads, units=units, page_tokens=g.block_tokens, head_size=g.head_size,
+        gate_rank=g.gate_rank, blocks=num_blocks, slots=max_requests, width=cdiv(max_tokens, g.block_tokens) + 1,
+        grants=dense + 8,
+    )  # fmt: skip
+
+
+class DeviceStore:
+    """See the module.
+
+    Args:
+        geometry: of the model on this rank.
+        max_requests: S, request slots.
+        max_tokens: longest request in tokens.
+        num_blocks: B, blocks of the pool.
+        units: E, eviction units a layer.
+        max_grants: most grants one request's log may list; near it nothing is given back until the request ends.
+        device: of the KV cache.
+        record: keep the expiry of every key that is dropped (tests).
+    """
+
+    def __init__(
+        self, geometry: LaneGeometry, max_requests: int, max_tokens: int, num_blocks: int, units: int, max_grants: int,
+        device: torch.device, record: bool = False,
+    ) -> None:  # fmt: skip
+        self.geometry, self.num_blocks, self.units, self.device, self.record = (
+            geometry, num_blocks, units, device, record,
+        )  # fmt: skip
+        self.shrink_limit = max_grants - geometry.blocks_for(max_tokens)
+        sizes = sizes_of(geometry, max_requests, max_tokens, num_blocks, units)
+        self.lanes = Lanes.make(sizes, device, record_tokens=max_tokens if record else 0)
+        self.kv: torch.Tensor | None = None
+        self.slots: dict[str, DeviceSlot] = {}
+        self._free_slots = list(range(max_requests - 1, -1, -1))
+        self._recorded: dict[str, torch.Tensor] = {}
+        self._closing: tuple[torch.Tensor, int, dict[str, StepGrant]] | None = None
+        self._sent: deque[Sent] = deque()
+
+    def bind(self, layers: list[torch.Tensor]) -> None:
+        """Attach the KV cache: see ``layers_in_one``."""
+        g = self.geometry
+        self.kv = layers_in_one(layers, self.num_blocks, g.num_kv_heads, g.block_tokens, g.head_size)
+
+    # Before and after a step -------------------------------------------------------------------------------------
+
+    def begin(self, ended: list[str], grants: dict[str, StepGrant]) -> None:
+        """Bury requests, take in new grants and give every lane its pages for the step: one copy to the device."""
+        gone: list[tuple[int, ...]] = []
+        news: list[tuple[int, ...]] = []
+        plans: list[tuple[int, ...]] = []
+        closes: list[tuple[int, ...]] = []
+        for req_id in ended:
+            self._forget(req_id, gone)
+        for req_id, given in grants.items():
+            state = self.slots.get(req_id)
+            if state is not None and state.epoch != given.epoch:
+                self._forget(req_id, gone)
+                state = None
+            if state is None:
+                if not given.new_blocks:
+                    raise RuntimeError(f"vllm-prune: request {req_id} starts without blocks")
+                state = self.slots[req_id] = DeviceSlot(self._free_slots.pop(), given.epoch, given.new_blocks[0])
+            for rank, block in enumerate(given.new_blocks):
+                news.append((state.slot, block, state.seen + rank, rank))
+            state.seen += len(given.new_blocks)
+            plans.append((state.slot, given.tokens, len(given.new_blocks)))
+            closes.append(self._close_row(state, given))
+        tables = self._send([(gone, 2), (news, 4), (plans, 3), (closes, 4)])
+        forget(self.lanes, tables[0])
+        grant(self.lanes, tables[1])
+        most = max((given.tokens for given in grants.values()), default=0)
+        plan(self.lanes, tables[2], most)
+        self._closing = (tables[3], most, grants) if grants else None
+
+    def _close_row(self, state: DeviceSlot, given: StepGrant) -> tuple[int, ...]:
+        """See ``close``: how far the scheduler may have gone when it reads this step's report."""
+        keep_all = state.seen > self.shrink_limit
+        near = given.in_flight < AHEAD
+        ahead, more = (given.in_flight, 0) if near else (0, self.geometry.pages_for(given.in_flight))
+        return state.slot, ahead, more, 0 if keep_all else state.seen
+
+    def _send(self, tables: list[tuple[list[tuple[int, ...]], int]]) -> list[torch.Tensor]:
+        """Tables int32 [n, columns] on the device."""
+        flat = torch.tensor([x for rows, _ in tables for row in rows for x in row], dtype=torch.int32)
+        if self.device.type == "cuda":
+            flat = flat.pin_memory().to(self.device, non_blocking=True)
+        counts = [len(rows) * columns for rows, columns in tables]
+        parts = flat.split(counts)
+        return [part.view(-1, columns) for part, (_, columns) in zip(parts, tables, strict=True)]
+
+    def _forget(self, req_id: str, gone: list[tuple[int, ...]]) -> None:
+        """Every trace of a request ends here. Unknown ids are fine: it may never have reached the worker."""
+        state = self.slots.pop(req_id, None)
+        if state is None:
+            return
+        if self.record:
+            self._recorded[req_id] = self.lanes.recorded[state.slot].cpu()
+        gone.append((state.slot, state.first_block))
+        self._free_slots.append(state.slot)
+
+    def end(self) -> None:
+        """Close the step on the device, and send its report on its way."""
+        if self._closing is None:
+            return
+        (rows, most, grants), self._closing = self._closing, None
+        assert self.kv is not None
+        out = close(self.lanes, self.kv, rows, most)
+        done = None
+        if self.device.type == "cuda":
+            numbers = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
+            numbers.copy_(out, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+        else:
+            numbers = out
+        states = [self.slots[req_id] for req_id in grants]
+        self._sent.append(Sent(numbers, done, grants, states, [state.seen for state in states]))
+
+    def take(self, late: int) -> list[tuple[str, StepGrant, LaneReport, DeviceSlot]]:
+        """Reports that are there, oldest first.
+
+        Args:
+            late: steps that may be outstanding; those before are waited for.
+        """
+        found = []
+        while self._sent and (len(self._sent) > late or self._sent[0].ready()):
+            sent = self._sent.popleft()
+            sent.wait()
+            rows = zip(sent.grants.items(), sent.states, sent.seen, sent.numbers.tolist(), strict=True)
+            for (req_id, given), state, seen, row in rows:
+                *pages, keep, held, dropped, _, _, error, _ = row
+                if error:
+                    raise RuntimeError(f"vllm-prune: request {req_id} ran out of granted pages; this is a bug")
+                state.peak_pages = max(state.peak_pages, pages[0])
+                report = LaneReport(
+                    epoch=given.epoch, covered=given.covered, pages=tuple(pages), keep=keep or seen, seen=seen,
+                    dropped=dropped, held=held, peak_pages=state.peak_pages,
+                )  # fmt: skip
+                found.append((req_id, given, report, state))
+        return found
+
+    # Looked at by tests ------------------------------------------------------------------------------------------
+
+    def expiries(self, req_id: str, tokens: int) -> np.ndarray:
+        """Recorded expiries of a request's last life (``record`` on): int64 [L, E, T], NEVER where none.
+
+        Args:
+            req_id: of a live or ended request.
+            tokens: T, how many keys to report on.
+
+        Raises:
+            KeyError: nothing was recorded for the request.
+        """
+        state = self.slots.get(req_id)
+        if not self.record or (state is None and req_id not in self._recorded):
+            raise KeyError(f"no drops were recorded for request {req_id}: is the option 'record' on?")
+        found = self._recorded[req_id] if state is None else self.lanes.recorded[state.slot].cpu()
+        out = found[..., :tokens].numpy().astype(np.int64)
+        return np.where(out == NEVER, 2**31 - 1, out)
