@@ -148,6 +148,8 @@ def engine(model: Path, **kwargs: Any) -> Iterator[Any]:
         "enforce_eager": True,
         "kv_cache_memory_bytes": 64 << 20, "seed": 0, "disable_log_stats": True, "max_num_batched_tokens": 1024,
     }  # fmt: skip
+    if torch.cuda.is_available():
+        defaults["gpu_memory_utilization"] = 0.1  # several tests share the GPU
     try:
         llm = LLM(str(model), **{**defaults, **kwargs})
     except BaseException:

@@ -41,7 +41,7 @@ def _first(q0, k, born, begin, count, start, scale, bias, sinks, window, stride,
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer"])
 def _crossing(
     table, length, position, expiry, kv, row_slot, first, row_start, features, chunk, biases, scale, sinks, window, layer,
     stride, lanes, W, total,

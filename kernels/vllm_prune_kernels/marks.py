@@ -27,7 +27,7 @@ def _mix(x):
     return x ^ (x >> 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer"])
 def _delayed(
     table, length, position, expiry, row_slot, first, row_start, features, chunk, threshold, delay, sinks, layer, stride, lanes,
     W, total, PER_LAYER: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr, NEVER: tl.constexpr,

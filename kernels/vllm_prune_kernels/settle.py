@@ -26,7 +26,7 @@ def _alive(table, expiry, lane, j, count, dead, W, N: tl.constexpr):
     return at, tl.load(expiry + at, mask=j < count, other=-2147483648) > dead
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer", "layers", "most"])
 def _retire(
     table, length, position, expiry, link, dropped, recorded, row_slot, first, row_start, chunk, settled, rank, layer, layers,
     lanes, W, total, most,
@@ -97,12 +97,13 @@ def _retire(
     tl.store(dropped + (slot * layers + layer) * E + unit, gone_before + (old - left) + (count - stays))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer"])
 def _settle(
     table, position, expiry, link, kv, row_slot, first, row_start, chunk, settled, rank, key, value, features, layer, lanes, W,
     total, key_stride, value_stride, feature_stride,
     PER_LAYER: tl.constexpr, H: tl.constexpr, E: tl.constexpr, N: tl.constexpr, NG: tl.constexpr, D: tl.constexpr,
     R: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
+    MOVE: tl.constexpr, APPEND: tl.constexpr,
 ):  # fmt: skip
     row, h = tl.program_id(0), tl.program_id(1)
     slot = tl.load(row_slot + row).to(tl.int64)
@@ -115,48 +116,58 @@ def _settle(
     left = tl.load(settled + (row * E + unit) * 2 + 1)
     base = slot * lanes + layer * PER_LAYER
     x, o = tl.arange(0, WIDE), tl.arange(0, TILE)
-    # Along the pairs that retire made: survivors beyond ``left`` go to holes before it.
-    for tile in range(tl.program_id(2), (old - left + TILE - 1) // TILE, tl.num_programs(2)):
-        j = left + tile * TILE + o
-        ok = j < old
-        at = tl.load(table + (base + unit) * W + j // N, mask=ok, other=0).to(tl.int64) * N + j % N
-        to = tl.load(link + at, mask=ok, other=-1)
-        ok = ok & (to >= 0)
-        size = N if h < H else NG
-        wide = 2 * D if h < H else R
-        source = tl.load(table + (base + h) * W + j // size, mask=ok, other=0).to(tl.int64) * PAGE + (j % size) * wide
-        target = tl.load(table + (base + h) * W + to // size, mask=ok, other=0).to(tl.int64) * PAGE + (to % size) * wide
-        mask = ok[:, None] & (x < wide)[None, :]
-        tl.store(
-            kv + target[:, None] + x[None, :],
-            tl.load(kv + source[:, None] + x[None, :], mask=mask, other=0.0),
-            mask=mask,
-        )
-    start = tl.load(row_start + row)
-    for tile in range(tl.program_id(2), (count + TILE - 1) // TILE, tl.num_programs(2)):
-        i = tile * TILE + o
-        token = begin.to(tl.int64) + i
-        number = tl.load(rank + unit * total + token, mask=i < count, other=-1)
-        ok = number >= 0
-        j = left + number
-        if h < H:
-            page = tl.load(table + (base + h) * W + j // N, mask=ok, other=0).to(tl.int64)
-            target = page * PAGE + (j % N) * 2 * D
-            mask = ok[:, None] & (x < D)[None, :]
-            k = tl.load(key + token[:, None] * key_stride + h * D + x[None, :], mask=mask, other=0.0)
-            v = tl.load(value + token[:, None] * value_stride + h * D + x[None, :], mask=mask, other=0.0)
-            tl.store(kv + target[:, None] + x[None, :], k, mask=mask)
-            tl.store(kv + target[:, None] + D + x[None, :], v, mask=mask)
-            if h == unit:
-                at = page * N + j % N
-                tl.store(position + at, start + i, mask=ok)
-                tl.store(expiry + at, tl.load(chunk + unit * total + token, mask=ok, other=0), mask=ok)
-        else:
-            page = tl.load(table + (base + h) * W + j // NG, mask=ok, other=0).to(tl.int64)
-            target = page * PAGE + (j % NG) * R
-            mask = ok[:, None] & (x < R)[None, :]
-            g = tl.load(features + token[:, None] * feature_stride + (E + unit) * R + x[None, :], mask=mask, other=0.0)
-            tl.store(kv + target[:, None] + x[None, :], g, mask=mask)
+    if MOVE:
+        # Along the pairs that retire made: survivors beyond ``left`` go to holes before it.
+        for tile in range(tl.program_id(2), (old - left + TILE - 1) // TILE, tl.num_programs(2)):
+            j = left + tile * TILE + o
+            ok = j < old
+            at = tl.load(table + (base + unit) * W + j // N, mask=ok, other=0).to(tl.int64) * N + j % N
+            to = tl.load(link + at, mask=ok, other=-1)
+            ok = ok & (to >= 0)
+            size = N if h < H else NG
+            wide = 2 * D if h < H else R
+            source = (
+                tl.load(table + (base + h) * W + j // size, mask=ok, other=0).to(tl.int64) * PAGE + (j % size) * wide
+            )
+            target = (
+                tl.load(table + (base + h) * W + to // size, mask=ok, other=0).to(tl.int64) * PAGE + (to % size) * wide
+            )
+            mask = ok[:, None] & (x < wide)[None, :]
+            tl.store(
+                kv + target[:, None] + x[None, :],
+                tl.load(kv + source[:, None] + x[None, :], mask=mask, other=0.0),
+                mask=mask,
+            )
+    if MOVE and APPEND:
+        tl.debug_barrier()  # what is appended lies where movers came from
+    if APPEND:
+        start = tl.load(row_start + row)
+        for tile in range(tl.program_id(2), (count + TILE - 1) // TILE, tl.num_programs(2)):
+            i = tile * TILE + o
+            token = begin.to(tl.int64) + i
+            number = tl.load(rank + unit * total + token, mask=i < count, other=-1)
+            ok = number >= 0
+            j = left + number
+            if h < H:
+                page = tl.load(table + (base + h) * W + j // N, mask=ok, other=0).to(tl.int64)
+                target = page * PAGE + (j % N) * 2 * D
+                mask = ok[:, None] & (x < D)[None, :]
+                k = tl.load(key + token[:, None] * key_stride + h * D + x[None, :], mask=mask, other=0.0)
+                v = tl.load(value + token[:, None] * value_stride + h * D + x[None, :], mask=mask, other=0.0)
+                tl.store(kv + target[:, None] + x[None, :], k, mask=mask)
+                tl.store(kv + target[:, None] + D + x[None, :], v, mask=mask)
+                if h == unit:
+                    at = page * N + j % N
+                    tl.store(position + at, start + i, mask=ok)
+                    tl.store(expiry + at, tl.load(chunk + unit * total + token, mask=ok, other=0), mask=ok)
+            else:
+                page = tl.load(table + (base + h) * W + j // NG, mask=ok, other=0).to(tl.int64)
+                target = page * PAGE + (j % NG) * R
+                mask = ok[:, None] & (x < R)[None, :]
+                g = tl.load(
+                    features + token[:, None] * feature_stride + (E + unit) * R + x[None, :], mask=mask, other=0.0
+                )
+                tl.store(kv + target[:, None] + x[None, :], g, mask=mask)
 
 
 def settle(
@@ -187,12 +198,15 @@ def settle(
         PER_LAYER=s.per_layer, H=s.heads, E=s.units, N=s.page_tokens, HEAD=1024 if single else HEAD, TAIL=16 if single else 128,
     )  # fmt: skip
     gate = key if features is None else features
-    _settle[(rows.count, s.per_layer, splits)](
-        lanes.table, lanes.position, lanes.expiry, lanes.link, kv, rows.slot, rows.first, rows.start, chunk, rows.settled, rank,
-        key, value, gate, layer, s.lanes, s.width, total, key.stride(0), value.stride(0), gate.stride(0),
-        PER_LAYER=s.per_layer, H=s.heads, E=s.units, N=s.page_tokens, NG=s.gate_page_tokens, D=s.head_size, R=s.gate_rank,
-        WIDE=triton.next_power_of_2(max(2 * s.head_size, s.gate_rank)), PAGE=s.page_numbers, TILE=16,
-    )  # fmt: skip
+    # What is appended lies where movers came from: several programs a lane must not do both at once.
+    for move, append in [(True, True)] if splits == 1 else [(True, False), (False, True)]:
+        _settle[(rows.count, s.per_layer, splits)](
+            lanes.table, lanes.position, lanes.expiry, lanes.link, kv, rows.slot, rows.first, rows.start, chunk, rows.settled,
+            rank, key, value, gate, layer, s.lanes, s.width, total, key.stride(0), value.stride(0), gate.stride(0),
+            PER_LAYER=s.per_layer, H=s.heads, E=s.units, N=s.page_tokens, NG=s.gate_page_tokens, D=s.head_size, R=s.gate_rank,
+            WIDE=triton.next_power_of_2(max(2 * s.head_size, s.gate_rank)), PAGE=s.page_numbers, TILE=16, MOVE=move,
+            APPEND=append,
+        )  # fmt: skip
 
 
 def lanes_of(lanes: Lanes, layer: int, unit: int) -> list[int]:

@@ -60,7 +60,7 @@ def run(case: str, null: bool) -> None:
     name = {"open": "random", "dcp_generic": "dcp"}.get(method, method)
     params = METHODS[name]
     with tempfile.TemporaryDirectory() as folder:
-        config = tiny_config("llama" if method == "dms" else "qwen3", layers=2, group=3 if method == "dms" else 2)
+        config = tiny_config("llama" if method == "dms" else "qwen3", layers=2, group=4 if method == "dms" else 3)
         model = save_gated(Path(folder), config, name.removesuffix("_kv_head"), torch.bfloat16,
                            generic=method == "dcp_generic", **params)  # fmt: skip
         if null:

@@ -93,6 +93,7 @@ class DeviceStore:
         self.kv: torch.Tensor | None = None
         self.slots: dict[str, DeviceSlot] = {}
         self._free_slots = list(range(max_requests - 1, -1, -1))
+        self.events: set[tuple[str, int]] = set()  # lives recorded: request and epoch
         self._recorded: dict[str, torch.Tensor] = {}
         self._closing: tuple[torch.Tensor, int, dict[str, StepGrant]] | None = None
         self._sent: deque[Sent] = deque()
@@ -121,6 +122,8 @@ class DeviceStore:
                 if not given.new_blocks:
                     raise RuntimeError(f"vllm-prune: request {req_id} starts without blocks")
                 state = self.slots[req_id] = DeviceSlot(self._free_slots.pop(), given.epoch, given.new_blocks[0])
+                if self.record:
+                    self.events.add((req_id, given.epoch))
             for rank, block in enumerate(given.new_blocks):
                 news.append((state.slot, block, state.seen + rank, rank))
             state.seen += len(given.new_blocks)

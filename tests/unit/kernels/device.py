@@ -107,7 +107,7 @@ class Pool:
         gate = features if s.gate_rank else None
         if self.fast:
             rank = torch.zeros_like(chunk)
-            settle(self.lanes, self.kv, rows, layer, key, value, gate, chunk, rank, most, splits=2)
+            settle(self.lanes, self.kv, rows, layer, key, value, gate, chunk, rank, most, splits=1 + total % 2)
         else:
             settle_naive(self.lanes, self.kv, rows, layer, key, value, gate, chunk)
         return chunk
