@@ -42,6 +42,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--memory", type=float, default=0.9, help="gpu_memory_utilization")
+    parser.add_argument(
+        "--profile", metavar="FOLDER", help="write tables of kernels there, at --decode's second setting"
+    )
     parser.add_argument("--json", metavar="PATH")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -77,6 +80,9 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
     for length, batch in decodes:
         found["decode"].append(engine.decode(length, batch, args.new_tokens))
         common.say(variant, json.dumps(found["decode"][-1]))
+    if args.profile:
+        length, batch = decodes[min(1, len(decodes) - 1)]
+        Path(args.profile, f"{args.shape}-{variant}.txt").write_text(engine.profile(length, batch))
     return found
 
 

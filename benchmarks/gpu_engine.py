@@ -53,7 +53,7 @@ def fill(model: Any, vllm_config: Any, shape: Shape, gated: bool) -> None:
     torch.manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.ndim == 1:
+            if weight.ndim <= 1:
                 weight.fill_(0.0 if name.endswith("bias") else 1.0)
             elif "embed_tokens" in name:
                 weight.normal_()
@@ -145,6 +145,23 @@ class Engine:
             "length": length, "batch": batch, "tokens_per_second": tokens / seconds, "step_ms": 1e3 * seconds * batch / tokens,
             "median_gap_ms": 1e3 * statistics.median(gaps), "kv_bytes": used, "total_seconds": time.perf_counter() - begin,
         }  # fmt: skip
+
+    def profile(self, length: int, batch: int, steps: int = 10) -> str:
+        """A table of the kernels of a prompt's step and of some decode steps, by time on the GPU."""
+        from torch.profiler import ProfilerActivity, profile
+
+        tables = []
+        self.add([length] * batch, steps + 20)
+        for count in (1, steps):
+            with profile(activities=[ProfilerActivity.CUDA]) as found:
+                for _ in range(count):
+                    self.llm.llm_engine.step()
+            tables.append(found.key_averages().table(sort_by="cuda_time_total", row_limit=22, max_name_column_width=60))
+            while any(r.num_output_tokens < 4 for r in self.scheduler.running) or self.scheduler.waiting:
+                self.llm.llm_engine.step()
+        while self.llm.llm_engine.has_unfinished_requests():
+            self.llm.llm_engine.step()
+        return "\n".join(tables)
 
     def concurrency(self, length: int, requests: int, new_tokens: int) -> dict[str, Any]:
         """Most requests past their prompts at once, of many that wait for memory; tokens a second over all."""

@@ -157,8 +157,8 @@ def _prefill(
 def _tiles(head_size: int, elem: int) -> tuple[int, int, int, int]:
     """Queries of a program, keys of a tile, warps and stages: what fits an H100's shared memory without spills."""
     if elem == 4:
-        return (32, 32, 4, 1) if head_size <= 128 else (16, 16, 4, 1)
-    return (128, 64, 8, 3) if head_size <= 128 else (64, 32, 4, 2)
+        return (16, 16, 4, 1)
+    return (128, 64, 8, 3) if head_size <= 128 else (64, 32, 8, 2)
 
 
 def prefill(

@@ -9,7 +9,7 @@ import torch
 from device import DEVICE, sizes
 from vllm_prune_kernels.decode import decode, decode_naive, scratch_for, splits_for
 from vllm_prune_kernels.lanes import NEVER, Lanes, Sizes
-from vllm_prune_kernels.prefill import QUERIES, list_width, prefill, prefill_naive
+from vllm_prune_kernels.prefill import QUERIES, list_width, prefill, prefill_naive, share
 from vllm_prune_kernels.rows import Rows
 
 LAYER, SCALE = 1, 0.2
@@ -125,6 +125,7 @@ DECODE = {
     "size 96": ([(300, 1)], {"head_size": 96, "page_tokens": 64}, 2, 2),
     "size 256": ([(70, 1)], {"head_size": 256}, 8, 1),
     "mixed": ([(20, 4), (33, 1), (0, 0), (31, 1)], {}, 2, 2),
+    "empty": ([(0, 1), (40, 1)], {"heads": 1}, 2, 2),
 }
 
 
@@ -146,6 +147,7 @@ PREFILL: dict[str, Any] = {
     "size 80": ([(20, 19)], {"head_size": 80}, 2, 0.5),
     "size 64": ([(16, 33)], {"head_size": 64, "page_tokens": 128}, 5, 0.5),
     "size 128": ([(30, 40)], {"head_size": 128, "heads": 1}, 16, 0.5),
+    "size 96": ([(20, 19)], {"head_size": 96, "page_tokens": 128}, 3, 0.5),
     "size 256": ([(18, 30)], {"head_size": 256, "heads": 1}, 2, 0.5),
     "mixed": ([(20, 9), (33, 1), (0, 0), (31, 30)], {}, 2, 0.5),
 }
@@ -166,6 +168,27 @@ def test_expiry_matters():
     before = batch.prefill()
     batch.chunk.fill_(NEVER)
     assert (batch.prefill() - before).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("drop", [0.7, 1.0])
+def test_the_dead_are_not_read(drop):
+    """Listed for a tile are the earlier keys that live at its first query, in order, and no others."""
+    batch = Batch(sizes(heads=1, width=20), 1, [(20, 9), (0, 2 * QUERIES + 9)], torch.float32, drop)
+    total = batch.chunk.shape[1]
+    begin, start = (int(x[1]) for x in (batch.rows.first, batch.rows.start))
+    for tile in (1, 2):  # the last query that sees each is the one before the tile, and the tile's first
+        batch.chunk[0, begin + 5 * tile] = start + tile * QUERIES
+        batch.chunk[0, begin + 5 * tile + 1] = start + tile * QUERIES + 1
+    lists = torch.full((1, list_width(total)), -9, dtype=torch.int32, device=DEVICE)
+    counts = torch.full((1, total), -9, dtype=torch.int32, device=DEVICE)
+    prefill(batch.lanes, batch.kv, batch.rows, LAYER, batch.query, batch.key, batch.value, batch.chunk, lists, counts,
+            batch.outputs(), SCALE, 2 * QUERIES + 9)  # fmt: skip
+    for tile in range(3):
+        before = tile * QUERIES
+        alive = (batch.chunk[0, begin : begin + before] > start + before).nonzero().flatten().tolist()
+        at = begin * share(total) + (tile - 1) * tile // 2 * QUERIES
+        assert int(counts[0, begin + before]) == len(alive)
+        assert lists[0, at : at + len(alive)].tolist() == alive and len(alive) < max(before, 1)
 
 
 def test_splits():
