@@ -55,34 +55,32 @@ def pairs(text: str) -> list[tuple[int, int]]:
 
 
 def child(args: argparse.Namespace) -> dict[str, Any]:
-    """All measurements of one variant. ``--child VARIANT[:scarce]``"""
-    variant, _, scarce = args.child.partition(":")
+    """All measurements of one variant, ``--child VARIANT``."""
     config = json.loads((SHAPES / f"{args.shape}.json").read_text())
-    decodes = pairs(args.scarce if scarce else args.decode)
-    firsts = [] if scarce else [int(x) for x in args.first.split(",") if x]
-    longest = max([length for length, _ in decodes] + firsts) + args.new_tokens + 8
+    decodes, scarce = pairs(args.decode), pairs(args.scarce)
+    firsts = [int(x) for x in args.first.split(",") if x]
+    longest = max([length for length, _ in decodes + scarce] + firsts) + args.new_tokens + 8
     options: dict[str, Any] = {
         "max_model_len": min(longest, config["max_position_embeddings"]), "max_num_seqs": args.max_num_seqs,
         "enable_prefix_caching": False, "enforce_eager": args.eager, "gpu_memory_utilization": args.memory,
     }  # fmt: skip
     if args.block_size:
         options["block_size"] = args.block_size
-    if scarce:
-        options["kv_cache_memory_bytes"] = int(args.scarce_gib * 2**30)
-    engine = Engine(config, variant, args.keep, args.rank, **options)
+    engine = Engine(config, args.child, args.keep, args.rank, **options)
     found: dict[str, Any] = {"facts": engine.facts()}
-    if scarce:
-        found["concurrency"] = [engine.concurrency(length, n, args.new_tokens) for length, n in decodes]
-        return found
     engine.decode(300, min(8, args.max_num_seqs), 24)  # compile what is left to compile
     found["first_token_seconds"] = {str(length): engine.first_token(length) for length in firsts}
     found["decode"] = []
     for length, batch in decodes:
         found["decode"].append(engine.decode(length, batch, args.new_tokens))
-        common.say(variant, json.dumps(found["decode"][-1]))
+        common.say(args.child, json.dumps(found["decode"][-1]))
+    found["concurrency"] = [
+        engine.concurrency(length, n, args.new_tokens, args.scarce_gib * 2**30) for length, n in scarce
+    ]
+    common.say(args.child, json.dumps(found["concurrency"]))
     if args.profile:
         length, batch = decodes[min(1, len(decodes) - 1)]
-        Path(args.profile, f"{args.shape}-{variant}.txt").write_text(engine.profile(length, batch))
+        Path(args.profile, f"{args.shape}-{args.child}.txt").write_text(engine.profile(length, batch))
     return found
 
 
@@ -118,15 +116,8 @@ def ratios(args: argparse.Namespace, found: dict[str, Any], bandwidth: float) ->
     shape = shape_of(json.loads((SHAPES / f"{args.shape}.json").read_text()))
     stock = found.get("stock", {})
     out: dict[str, Any] = {}
-    for variant, result in found.items():
-        name, _, scarce = variant.partition(":")
+    for name, result in found.items():
         if "failed" in result:
-            continue
-        if scarce:
-            base = found.get("stock:scarce", {}).get("concurrency")
-            if base and name != "stock":
-                out[variant] = [mine["most_running"] / theirs["most_running"]
-                                for mine, theirs in zip(result["concurrency"], base, strict=True)]  # fmt: skip
             continue
         rows = []
         for i, mine in enumerate(result["decode"]):
@@ -137,6 +128,11 @@ def ratios(args: argparse.Namespace, found: dict[str, Any], bandwidth: float) ->
                 row["kv_ratio"] = stock["decode"][i]["kv_bytes"] / max(mine["kv_bytes"], 1)
             rows.append(row)
         out[name] = {"decode": rows}
+        if name != "stock" and "concurrency" in stock:
+            out[name]["concurrency_ratio"] = [
+                mine["most_running"] / theirs["most_running"]
+                for mine, theirs in zip(result["concurrency"], stock["concurrency"], strict=True)
+            ]
         if name != "stock" and "first_token_seconds" in stock:
             out[name]["first_token_ratio"] = {
                 length: seconds / stock["first_token_seconds"][length]
@@ -153,8 +149,6 @@ def main() -> None:
         Path(args.json).write_text(json.dumps(child(args)))
         os._exit(0)  # nothing of the engine needs an orderly end
     names = [v for v in args.variants.split(",") if v]
-    if args.scarce:
-        names += [f"{v}:scarce" for v in names if v in ("stock", "drop")]
     found = {name: run_child(name) for name in names}
     import torch
 

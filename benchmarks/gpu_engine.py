@@ -93,7 +93,8 @@ class Engine:
         self.scheduler = core.scheduler
         runner = core.model_executor.driver_worker.worker.model_runner
         self.runner = type(runner).__module__
-        fill(runner.model, runner.vllm_config, self.shape, variant in ("lanes", "drop"))
+        self.gated = variant in ("lanes", "drop")
+        fill(runner.model, runner.vllm_config, self.shape, self.gated)
         torch.cuda.synchronize()
         self.start_seconds = time.perf_counter() - begin
         self.pool = self.scheduler.kv_cache_manager.block_pool
@@ -109,6 +110,17 @@ class Engine:
             ids = [rng.randrange(3, self.shape.vocab) for _ in range(length)]
             params = SamplingParams(temperature=1.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
             self.llm.llm_engine.add_request(f"r{self._count}", {"prompt_token_ids": ids}, params)
+
+    def bookkeeping(self) -> int:
+        """Bytes beside a block that the plugin's tables take."""
+        if not self.gated:
+            return 0
+        from vllm_prune_kernels.lanes import bytes_per_page
+
+        from vllm_prune.attention.step_state import find_state
+
+        store = find_state(self.llm.llm_engine.vllm_config).store
+        return int(bytes_per_page(store.lanes.sizes) * store.lanes.sizes.block_pages)
 
     def used_bytes(self) -> int:
         blocks = self.pool.num_gpu_blocks - 1 - self.pool.get_num_free_blocks()
@@ -163,8 +175,14 @@ class Engine:
             self.llm.llm_engine.step()
         return "\n".join(tables)
 
-    def concurrency(self, length: int, requests: int, new_tokens: int) -> dict[str, Any]:
-        """Most requests past their prompts at once, of many that wait for memory; tokens a second over all."""
+    def concurrency(self, length: int, requests: int, new_tokens: int, memory: float) -> dict[str, Any]:
+        """Most requests past their prompts at once, of many that wait for memory; tokens a second over all.
+
+        Args:
+            memory: bytes for the KV cache and what page tables need beside it; the pool's other blocks are taken away meanwhile.
+        """
+        blocks = int(memory / (self.block_tokens * self.shape.kv_bytes + self.bookkeeping()))
+        taken = self.pool.get_new_blocks(self.pool.get_num_free_blocks() - blocks)
         self.add([length] * requests, new_tokens)
         most = preempted = 0
         begin = time.perf_counter()
@@ -174,7 +192,8 @@ class Engine:
             most = max(most, len(running))
             preempted = max(preempted, sum(r.num_preemptions for r in self.scheduler.running))
         seconds = time.perf_counter() - begin
-        return {"length": length, "requests": requests, "most_running": most, "preemptions": preempted,
+        self.pool.free_blocks(taken)
+        return {"length": length, "requests": requests, "blocks": blocks, "most_running": most, "preemptions": preempted,
                 "new_tokens_per_second": requests * new_tokens / seconds, "seconds": seconds}  # fmt: skip
 
     def facts(self) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Attention of single tokens over their lanes: split-KV, all query heads of a KV head together.
 
-Served are rows of exactly one token, after ``settle``: every token of a lane is visible then, the row's own among them. Programs
-of a (row, KV head) share its lane in contiguous parts; where there is but one part it writes the result, else ``_combine`` does.
-How many parts a lane really has follows from its length on the device, so that the grid can be captured. ``decode_naive`` is the
-twin. Letters as in ``lanes``; R rows, T tokens, G query heads per KV head.
+Served are rows of exactly one token, after their step's drops and writes: every token of a lane is visible then, the row's own
+among them. Programs of a (row, KV head) share its lane in contiguous parts; where there is but one part it writes the result,
+else the last that arrives does. How many parts a lane really has follows from its length on the device, so that the grid can be
+captured. ``decode_naive`` is the twin. Letters as in ``lanes``; R rows, T tokens, G query heads per KV head.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ KEYS = 64
 """Tokens of a tile."""
 LEAST = 4
 """Least tiles of a part: shorter lanes have fewer parts."""
+WARPS, STAGES = 4, 3
 PROGRAMS = 528
 """Programs wanted: four for each multiprocessor of an H100 or H200."""
 MOST_SPLITS = 64
@@ -44,9 +45,10 @@ def _part(length, SPLITS: tl.constexpr, KEYS: tl.constexpr, LEAST: tl.constexpr)
 
 @triton.jit(do_not_specialize=["layer"])
 def _decode(
-    table, length, kv, row_slot, first, query, out, partial, sums, scale, layer, lanes, W, query_stride, query_head, out_stride,
-    out_head, PER_LAYER: tl.constexpr, H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
-    G: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, LEAST: tl.constexpr, SPLITS: tl.constexpr, WIDEN: tl.constexpr,
+    table, length, kv, row_slot, first, query, out, partial, sums, arrivals, scale, layer, lanes, W, query_stride, query_head,
+    out_stride, out_head, PER_LAYER: tl.constexpr, H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
+    PAGE: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, LEAST: tl.constexpr, SPLITS: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
     row, h, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot = tl.load(row_slot + row).to(tl.int64)
@@ -91,47 +93,36 @@ def _decode(
         total = total * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         top = higher
+    into = out + begin.to(tl.int64) * out_stride
     if tokens <= part:
         result = acc / tl.where(total > 0.0, total, 1.0)[:, None]
-        into = out + begin.to(tl.int64) * out_stride + heads[:, None] * out_head + d[None, :]
-        tl.store(into, result.to(out.dtype.element_ty), mask=has)
+        tl.store(into + heads[:, None] * out_head + d[None, :], result.to(out.dtype.element_ty), mask=has)
     else:
         cell = ((row * H + h).to(tl.int64) * SPLITS + split) * G + g
         tl.store(partial + cell[:, None] * D + d[None, :], acc, mask=has)
         tl.store(sums + 2 * cell, top, mask=g < G)
         tl.store(sums + 2 * cell + 1, total, mask=g < G)
-
-
-@triton.jit(do_not_specialize=["layer"])
-def _combine(
-    length, row_slot, first, out, partial, sums, layer, lanes, out_stride, out_head,
-    PER_LAYER: tl.constexpr, H: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, KEYS: tl.constexpr,
-    LEAST: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    row, h, g = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    slot = tl.load(row_slot + row).to(tl.int64)
-    begin = tl.load(first + row)
-    if (slot < 0) | (tl.load(first + row + 1) - begin != 1):
-        return
-    tokens = tl.load(length + slot * lanes + layer * PER_LAYER + h)
-    part = _part(tokens, SPLITS, KEYS, LEAST)
-    if tokens <= part:
-        return
-    s, d = tl.arange(0, SPLITS), tl.arange(0, WIDE)
-    ok = s * part < tokens
-    cell = ((row * H + h).to(tl.int64) * SPLITS + s) * G + g
-    top = tl.load(sums + 2 * cell, mask=ok, other=-1.0e30)
-    weight = tl.exp2(top - tl.max(top, 0))
-    total = tl.sum(weight * tl.load(sums + 2 * cell + 1, mask=ok, other=0.0), 0)
-    acc = tl.load(partial + cell[:, None] * D + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0)
-    result = tl.sum(acc * weight[:, None], 0) / total
-    into = out + begin.to(tl.int64) * out_stride + (h * G + g) * out_head + d
-    tl.store(into, result.to(out.dtype.element_ty), mask=d < D)
+        tl.debug_barrier()
+        parts = (tokens + part - 1) // part
+        if tl.atomic_add(arrivals + row * H + h, 1) == parts - 1:
+            tl.store(arrivals + row * H + h, 0)
+            s = tl.arange(0, SPLITS)
+            ok = s < parts
+            for i in tl.static_range(G):
+                cells = ((row * H + h).to(tl.int64) * SPLITS + s) * G + i
+                tops = tl.load(sums + 2 * cells, mask=ok, other=-1.0e30)
+                weight = tl.exp2(tops - tl.max(tops, 0))
+                all_sums = tl.sum(weight * tl.load(sums + 2 * cells + 1, mask=ok, other=0.0), 0)
+                piece = tl.load(
+                    partial + cells[:, None] * D + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0
+                )
+                whole = tl.sum(piece * weight[:, None], 0) / all_sums
+                tl.store(into + (h * G + i) * out_head + d, whole.to(out.dtype.element_ty), mask=d < D)
 
 
 def decode(
     lanes: Lanes, kv: torch.Tensor, rows: Rows, layer: int, query: torch.Tensor, out: torch.Tensor, scale: float,
-    partial: torch.Tensor, sums: torch.Tensor, splits: int,
+    partial: torch.Tensor, sums: torch.Tensor, arrivals: torch.Tensor, splits: int,
 ) -> None:  # fmt: skip
     """Attention of rows of one token; others are left alone.
 
@@ -141,6 +132,7 @@ def decode(
         query: [T, H G, D]; out: alike, written. The last dimension of both is dense.
         scale: of the logits.
         partial, sums: float32, at least as many numbers as ``scratch_for`` says.
+        arrivals: int32 [R, H] at least, zero between launches.
         splits: parts a lane, at most (``splits_for``).
     """
     s = lanes.sizes
@@ -148,18 +140,13 @@ def decode(
         return
     group = query.shape[1] // s.heads
     wide = max(16, triton.next_power_of_2(s.head_size))
-    shape = {"PER_LAYER": s.per_layer, "H": s.heads, "D": s.head_size, "WIDE": wide, "G": group, "KEYS": KEYS, "LEAST": LEAST,
-             "SPLITS": splits}  # fmt: skip
     _decode[(rows.count, s.heads, splits)](
-        lanes.table, lanes.length, kv, rows.slot, rows.first, query, out, partial, sums, scale * 1.4426950408889634, layer,
-        s.lanes, s.width, query.stride(0), query.stride(1), out.stride(0), out.stride(1), N=s.page_tokens, PAGE=s.page_numbers,
-        GROUP=max(16, triton.next_power_of_2(group)), WIDEN=INTERPRETED, num_warps=4, num_stages=3 if wide <= 128 else 2, **shape,
+        lanes.table, lanes.length, kv, rows.slot, rows.first, query, out, partial, sums, arrivals, scale * 1.4426950408889634,
+        layer, s.lanes, s.width, query.stride(0), query.stride(1), out.stride(0), out.stride(1), PER_LAYER=s.per_layer,
+        H=s.heads, N=s.page_tokens, D=s.head_size, WIDE=wide, PAGE=s.page_numbers, G=group,
+        GROUP=max(16, triton.next_power_of_2(group)), KEYS=KEYS, LEAST=LEAST, SPLITS=splits, WIDEN=INTERPRETED, num_warps=WARPS,
+        num_stages=STAGES if wide <= 128 and kv.element_size() == 2 else 2,
     )  # fmt: skip
-    if splits > 1:
-        _combine[(rows.count, s.heads, group)](
-            lanes.length, rows.slot, rows.first, out, partial, sums, layer, s.lanes, out.stride(0), out.stride(1), num_warps=4,
-            **shape,
-        )  # fmt: skip
 
 
 def decode_naive(lanes: Lanes, kv: torch.Tensor, rows: Rows, layer: int, query: torch.Tensor, out: torch.Tensor,

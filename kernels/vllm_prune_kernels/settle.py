@@ -26,24 +26,11 @@ def _alive(table, expiry, lane, j, count, dead, W, N: tl.constexpr):
     return at, tl.load(expiry + at, mask=j < count, other=-2147483648) > dead
 
 
-@triton.jit(do_not_specialize=["layer", "layers", "most"])
-def _retire(
-    table, length, position, expiry, link, dropped, recorded, row_slot, first, row_start, chunk, settled, rank, layer, layers,
-    lanes, W, total, most,
-    PER_LAYER: tl.constexpr, H: tl.constexpr, E: tl.constexpr, N: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+@triton.jit
+def pair_up(
+    table, position, expiry, link, record, lane, old, dead, W, most, N: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr
 ):  # fmt: skip
-    row, unit = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(row_slot + row).to(tl.int64)
-    if slot < 0:
-        return
-    begin = tl.load(first + row)
-    count = tl.load(first + row + 1) - begin
-    start = tl.load(row_start + row)
-    dead = tl.where(count == 1, start, start + count)
-    base = slot * lanes + layer * PER_LAYER
-    lane = base + unit
-    old = tl.load(length + lane)
-    record = recorded + ((slot * layers + layer) * E + unit) * most
+    """Pair the holes of a lane with the survivors beyond them, and move positions and expiries; returns how many survive."""
     h, t, slots = tl.arange(0, HEAD), tl.arange(0, TAIL), tl.arange(0, TAIL)
     left = 0
     for begin_at in range(0, old, HEAD):
@@ -75,6 +62,29 @@ def _retire(
         where = tl.load(table + lane * W + to // N, mask=alive, other=0).to(tl.int64) * N + to % N
         tl.store(position + where, tl.load(position + at, mask=alive, other=0), mask=alive)
         tl.store(expiry + where, tl.load(expiry + at, mask=alive, other=0), mask=alive)
+    return left
+
+
+@triton.jit(do_not_specialize=["layer", "layers", "most"])
+def _retire(
+    table, length, position, expiry, link, dropped, recorded, row_slot, first, row_start, chunk, settled, rank, layer, layers,
+    lanes, W, total, most,
+    PER_LAYER: tl.constexpr, H: tl.constexpr, E: tl.constexpr, N: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    row, unit = tl.program_id(0), tl.program_id(1)
+    slot = tl.load(row_slot + row).to(tl.int64)
+    if slot < 0:
+        return
+    begin = tl.load(first + row)
+    count = tl.load(first + row + 1) - begin
+    start = tl.load(row_start + row)
+    dead = tl.where(count == 1, start, start + count)
+    base = slot * lanes + layer * PER_LAYER
+    lane = base + unit
+    old = tl.load(length + lane)
+    record = recorded + ((slot * layers + layer) * E + unit) * most
+    h = tl.arange(0, HEAD)
+    left = pair_up(table, position, expiry, link, record, lane, old, dead, W, most, N, HEAD, TAIL)
     stays = 0
     for begin_at in range(0, count, HEAD):
         i = begin_at + h

@@ -16,6 +16,7 @@ from vllm_prune_kernels.marks import at_write, delayed
 from vllm_prune_kernels.prefill import prefill
 from vllm_prune_kernels.rows import find_rows
 from vllm_prune_kernels.settle import settle
+from vllm_prune_kernels.single import DELAYED, OPEN, QUERY, WRITE, Decision, single
 
 from vllm_prune.attention.impl import GatedImpl
 from vllm_prune.attention.serving import DelayRule, QueryRule, WriteRule
@@ -35,14 +36,21 @@ class PruneCUDAImpl(GatedImpl):
         self.state: DeviceState | None = None
         self.reserved: torch.Tensor | None = None
         self.bookkeeping: Callable[[], int] | None = None
-        self._constants: torch.Tensor | None = None
+        self._decision: Decision
 
     def attach(self, state: DeviceState, index: int) -> None:
         self.state, self.index, self.serving = state, index, state.serving
-        if isinstance(self.rule, QueryRule):
-            self._constants = torch.from_numpy(self.rule.biases).to(state.device)
-        elif isinstance(self.rule, WriteRule):
-            self._constants = torch.from_numpy(self.rule.salts.astype("int64")).to(state.device)
+        rule, served = self.rule, state.serving
+        if isinstance(rule, QueryRule):
+            biases = torch.from_numpy(rule.biases).to(state.device)
+            self._decision = Decision(QUERY, biases, rule.scale, sinks=served.sinks, window=served.window)
+        elif isinstance(rule, DelayRule):
+            self._decision = Decision(DELAYED, state.chunk, rule.threshold, delay=rule.delay, sinks=served.sinks)
+        elif isinstance(rule, WriteRule):
+            salts = torch.from_numpy(rule.salts.astype("int64")).to(state.device)
+            self._decision = Decision(WRITE, salts, limit=rule.limit, delay=rule.delay, sinks=served.sinks)
+        else:
+            self._decision = Decision(OPEN, state.chunk)
 
     def forward(  # type: ignore[override]
         self,
@@ -75,29 +83,46 @@ class PruneCUDAImpl(GatedImpl):
         lanes, kv, rows, most = state.store.lanes, state.store.kv, m.rows, m.most_tokens
         if self.index == 0:
             find_rows(lanes, rows, m.block_table, m.seq_lens)
-        self._decide(m, features)
-        if most > 1:
+        if most == 1:
+            splits = self._splits(m)
+            single(lanes, kv, rows, self.index, self._decision, key, value, features, state.meeting, splits)
+        else:
+            self._decide(m, features)
             prefill(lanes, kv, rows, self.index, query, key, value, state.chunk, state.lists, state.counts, output, self.scale,
                     most)  # fmt: skip
-        remembered = features if self.serving.rank else None
-        splits = min(max(1, most // 64), 32)
-        settle(lanes, kv, rows, self.index, key, value, remembered, state.chunk, state.rank, most, splits)
-        decode(lanes, kv, rows, self.index, query, output, self.scale, state.accumulators, state.lse, m.splits)
+            remembered = features if self.serving.rank else None
+            splits = min(max(1, most // 64), 32)
+            settle(lanes, kv, rows, self.index, key, value, remembered, state.chunk, state.rank, most, splits)
+        decode(
+            lanes,
+            kv,
+            rows,
+            self.index,
+            query,
+            output,
+            self.scale,
+            state.accumulators,
+            state.sums,
+            state.arrivals,
+            m.splits,
+        )
         return output
+
+    def _splits(self, m: DeviceAttentionMetadata) -> int:
+        """Programs a row and unit that share a lane's decisions."""
+        return max(1, min(32, PROGRAMS // (m.rows.count * self.serving.num_units)))
 
     def _decide(self, m: DeviceAttentionMetadata, features: torch.Tensor | None) -> None:
         """Expiries that the step gives to keys in lanes and to its own."""
-        state, rows, most, served, rule = m.state, m.rows, m.most_tokens, self.serving, self.rule
+        state, rows, most, rule = m.state, m.rows, m.most_tokens, self._decision
         assert state.store is not None and state.store.kv is not None
         lanes = state.store.lanes
-        if isinstance(rule, QueryRule):
-            assert features is not None and self._constants is not None
-            splits = max(1, min(32, PROGRAMS // (rows.count * served.num_units)))
-            crossing(lanes, state.store.kv, rows, self.index, features, state.chunk, rule.scale, self._constants, served.sinks,
-                     served.window, splits, most)  # fmt: skip
-        elif isinstance(rule, DelayRule):
+        if rule.kind == QUERY:
             assert features is not None
-            delayed(lanes, rows, self.index, features, state.chunk, rule.threshold, rule.delay, served.sinks, most)
-        elif isinstance(rule, WriteRule):
-            assert self._constants is not None
-            at_write(lanes, rows, state.chunk, self._constants, rule.limit, rule.delay, served.sinks, most)
+            crossing(lanes, state.store.kv, rows, self.index, features, state.chunk, rule.number, rule.constants, rule.sinks,
+                     rule.window, self._splits(m), most)  # fmt: skip
+        elif rule.kind == DELAYED:
+            assert features is not None
+            delayed(lanes, rows, self.index, features, state.chunk, rule.number, rule.delay, rule.sinks, most)
+        elif rule.kind == WRITE:
+            at_write(lanes, rows, state.chunk, rule.constants, rule.limit, rule.delay, rule.sinks, most)

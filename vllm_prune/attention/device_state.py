@@ -14,6 +14,7 @@ from vllm_prune_kernels.decode import scratch_for, splits_for
 from vllm_prune_kernels.lanes import NEVER, bytes_per_page, fixed_bytes
 from vllm_prune_kernels.prefill import list_width
 from vllm_prune_kernels.rows import Rows
+from vllm_prune_kernels.single import Meeting
 
 from vllm_prune.attention.step_state import StepState, Told
 from vllm_prune.cache.device_store import DeviceStore, sizes_of
@@ -69,7 +70,9 @@ class DeviceState(StepState):
         shapes = [scratch_for(n, heads, group, size, splits_for(n, heads)) for n in range(1, r + 1)]
         accumulators, sums = (max(torch.Size(shape[i]).numel() for shape in shapes) for i in (0, 1))
         self.accumulators = torch.empty(accumulators, dtype=torch.float32, device=device)
-        self.lse = torch.empty(sums, dtype=torch.float32, device=device)
+        self.sums = torch.empty(sums, dtype=torch.float32, device=device)
+        self.arrivals = torch.zeros(r, heads, dtype=torch.int32, device=device)
+        self.meeting = Meeting.make(r, e, device)
 
     def bind(self, kv_caches: dict[str, torch.Tensor]) -> None:
         views = [kv_caches[name] for name in self.layer_names]

@@ -15,6 +15,7 @@ from vllm_prune_kernels.marks import at_write, at_write_naive, delayed, delayed_
 from vllm_prune_kernels.plan import page_tokens_of, plan, plan_naive
 from vllm_prune_kernels.rows import Rows, find_rows, rows_naive
 from vllm_prune_kernels.settle import settle, settle_naive, token_rows
+from vllm_prune_kernels.single import DELAYED, QUERY, WRITE, Decision, Meeting, single
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -48,6 +49,7 @@ class Pool:
         self.kv = torch.full((s.pages, s.page_numbers), float("nan"), dtype=dtype, device=self.device)
         self.requests: dict[int, Request] = {}
         self.free = list(range(1, s.blocks))
+        self.meeting, self.singles = Meeting.make(s.slots + 1, s.units, self.device), 0
 
     def begin(self, ended: list[int], step: dict[int, int]) -> None:
         """Bury, grant and plan: ``step`` has the tokens of each request."""
@@ -95,6 +97,15 @@ class Pool:
         key, value, features = (inputs[name].to(self.device) for name in ("key", "value", "features"))
         chunk = torch.full((s.units, total), NEVER, dtype=torch.int32, device=self.device)
         rule = inputs["rule"]
+        if self.fast and most == 1:
+            constants = rule["biases" if self.method == "dcp" else "salts"].to(self.device)
+            decision = {
+                "dcp": Decision(QUERY, constants, 0.25, sinks=2, window=3),
+                "dms": Decision(DELAYED, constants, 0.4, delay=7, sinks=1),
+            }.get(self.method, Decision(WRITE, constants, limit=2**31, delay=9, sinks=1))
+            single(self.lanes, self.kv, rows, layer, decision, key, value, features, self.meeting, 3)
+            self.singles += 1
+            return chunk
         if self.method == "dcp":
             args = (self.lanes, self.kv, rows, layer, features, chunk, 0.25, rule["biases"].to(self.device), 2, 3)
             crossing(*args, splits=3, most_tokens=most) if self.fast else crossing_naive(*args)
@@ -183,6 +194,12 @@ def random_steps(s: Sizes, seed: int, steps: int) -> list[tuple[list[int], dict[
             if rng.random() < 0.75:
                 step[slot] = rng.choice([1, 1, 1, 2, 15, 16, 17, 40]) if slot in tokens else rng.choice([1, 5, 33, 50])
                 tokens[slot] = tokens.get(slot, 0) + step[slot]
+        if (
+            step and rng.random() < 0.5 and min(tokens[slot] - n for slot, n in step.items()) > 0
+        ):  # a step of single tokens
+            for slot, n in step.items():
+                tokens[slot] -= n - 1
+            step = dict.fromkeys(step, 1)
         if step:
             plans.append((ended, step))
         else:

@@ -89,7 +89,9 @@ class Batch:
         s, out = self.sizes, self.outputs()
         shapes = scratch_for(self.rows.count, s.heads, self.group, s.head_size, splits)
         partial, sums = (torch.full(shape, float("nan"), device=DEVICE) for shape in shapes)
-        decode(self.lanes, self.kv, self.rows, LAYER, self.query, out, SCALE, partial, sums, splits)
+        arrivals = torch.zeros(self.rows.count, s.heads, dtype=torch.int32, device=DEVICE)
+        decode(self.lanes, self.kv, self.rows, LAYER, self.query, out, SCALE, partial, sums, arrivals, splits)
+        assert not arrivals.any(), "programs that met must leave no trace"
         return out
 
     def naive(self, kind: str, dtype: torch.dtype) -> torch.Tensor:
@@ -110,8 +112,10 @@ def near(found: torch.Tensor, batch: Batch, kind: str) -> None:
     mine, theirs = (found.double() - exact).abs(), (batch.naive(kind, batch.dtype).double() - exact).abs()
     # The last rounding alone may cost as much as this.
     step = torch.finfo(batch.dtype).eps * exact.abs().max()
-    assert mine.max() <= 2 * theirs.max() + step, f"{mine.max():.2e} against {theirs.max():.2e}"
-    assert mine.mean() <= 2 * theirs.mean() + step / 100
+    # A GPU's exp2 is good to some units of float32 in the last place, torch's exp to half of one.
+    most = 4 if batch.dtype == torch.float32 else 2
+    assert mine.max() <= most * theirs.max() + step, f"{mine.max():.2e} against {theirs.max():.2e}"
+    assert mine.mean() <= most * theirs.mean() + step / 100
 
 
 DECODE = {
