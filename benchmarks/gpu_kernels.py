@@ -22,6 +22,9 @@ from vllm_prune_kernels.single import QUERY, Decision, Meeting, single
 LAYERS, HEADS, GROUP, SIZE, RANK, PAGE = 12, 8, 4, 128, 32, 64
 """Of Qwen3-8B, with fewer layers: more than the cache of an H200 holds."""
 
+SWEEP = [(*tile, programs, least) for tile in ((64, 4, 3), (64, 4, 4), (64, 4, 5), (128, 4, 3), (128, 8, 3))
+         for programs, least in ((528, 4), (528, 2), (1056, 4))]  # fmt: skip
+
 
 class Step:
     """Lanes of ``tokens`` tokens for ``batch`` rows, pages in a random order."""
@@ -110,7 +113,7 @@ def main() -> None:
     steps = [Step(args.batch, int(n)) for n in args.tokens.split(",")]
     names = ("KEYS", "WARPS", "STAGES", "PROGRAMS", "LEAST")
     now = tuple(getattr(decoding, name) for name in names)
-    grid = itertools.product((64, 128), (4, 8), (2, 3, 4, 5), (528, 1056), (2, 4)) if args.sweep else [now]
+    grid = SWEEP if args.sweep else [now]
     rows = []
     for choice in grid:
         for name, value in zip(names, choice, strict=True):
