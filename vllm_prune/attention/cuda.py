@@ -41,16 +41,17 @@ class PruneCUDAImpl(GatedImpl):
     def attach(self, state: DeviceState, index: int) -> None:
         self.state, self.index, self.serving = state, index, state.serving
         rule, served = self.rule, state.serving
+        nothing = torch.zeros(served.num_units, dtype=torch.int32, device=state.device)
         if isinstance(rule, QueryRule):
             biases = torch.from_numpy(rule.biases).to(state.device)
             self._decision = Decision(QUERY, biases, rule.scale, sinks=served.sinks, window=served.window)
         elif isinstance(rule, DelayRule):
-            self._decision = Decision(DELAYED, state.chunk, rule.threshold, delay=rule.delay, sinks=served.sinks)
+            self._decision = Decision(DELAYED, nothing, rule.threshold, delay=rule.delay, sinks=served.sinks)
         elif isinstance(rule, WriteRule):
             salts = torch.from_numpy(rule.salts.astype("int64")).to(state.device)
             self._decision = Decision(WRITE, salts, limit=rule.limit, delay=rule.delay, sinks=served.sinks)
         else:
-            self._decision = Decision(OPEN, state.chunk)
+            self._decision = Decision(OPEN, nothing)
 
     def forward(  # type: ignore[override]
         self,

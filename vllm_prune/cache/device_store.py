@@ -158,7 +158,7 @@ class DeviceStore:
         if state is None:
             return
         if self.record:
-            self._recorded[req_id] = self.lanes.recorded[state.slot].cpu()
+            self._recorded[req_id] = self.lanes.recorded[state.slot].to("cpu", copy=True)
         gone.append((state.slot, state.first_block))
         self._free_slots.append(state.slot)
 

@@ -1,0 +1,65 @@
+"""What serves on a GPU, on the CPU: vLLM's engine with our CUDA backend, whose kernels run under Triton's interpreter.
+
+Collected by ``test_device_path.py`` alone, in a process of its own: the interpreter must be chosen before anything imports Triton.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import engine, generate, pool_is_whole, preempted, prompts, save_gated, state_of, tiny_config, token_ids
+from test_law2_drop_sets import METHODS, RECORD, check
+from vllm_prune_kernels import decode
+from vllm_prune_training.masked import load_gated
+
+from vllm_prune.attention import cuda, gated
+from vllm_prune.attention.cuda_backend import PruneCUDABackend
+from vllm_prune.attention.device_state import DeviceState
+from vllm_prune.gates import GATES
+
+SMALL = {} if torch.cuda.is_available() else {
+    "kv_cache_memory_bytes": 4 << 20, "max_model_len": 192, "max_num_seqs": 4, "max_num_batched_tokens": 96,
+}  # fmt: skip
+"""The interpreter copies every tensor that a kernel is given."""
+ON_GPU = ("dcp", "dcp_kv_head", "dms", "window", "random")
+
+
+@pytest.fixture(autouse=True)
+def device_path(monkeypatch):
+    if torch.cuda.is_available():
+        return
+    # On CPU vLLM takes no other name.
+    monkeypatch.setattr(PruneCUDABackend, "get_name", staticmethod(lambda: "CPU_ATTN"))
+    monkeypatch.setattr(gated, "backend_class", lambda: PruneCUDABackend)
+    for module in (cuda, decode):
+        monkeypatch.setattr(module, "PROGRAMS", 8)  # which the interpreter runs one after another
+
+
+@pytest.mark.parametrize("name", ON_GPU)
+def test_law_2(tmp_path, name):
+    """Mixed batches, chunks, preemption: the same drops as the trainer's twin."""
+    method = name.removesuffix("_kv_head")
+    section = {"protect": {"sinks": 2}} if GATES[method].protects else {}
+    model = save_gated(tmp_path, tiny_config("qwen3", layers=2), method, section=section, **METHODS[name])
+    with engine(model, long_prefill_token_threshold=16, **RECORD, **SMALL) as llm:
+        assert isinstance(state_of(llm), DeviceState)
+        check(model, llm, generate(llm, prompts([1, 33, 70], seed=4), tokens=12))
+        assert state_of(llm).store.num_blocks > 20
+        check(model, llm, preempted(llm, prompts([70, 20], seed=5), tokens=14, after=(5, 12)))
+        generate(llm, prompts([3]), tokens=2)
+        assert pool_is_whole(llm)
+
+
+@pytest.mark.parametrize(("family", "group"), [("qwen3", 3), ("llama", 2)])
+def test_open_lanes(tmp_path, family, group):
+    """Gates that run and never drop: what Hugging Face's model says, token for token, in float32."""
+    model = save_gated(tmp_path, tiny_config(family, layers=2, group=group), "dcp", beta=60.0)
+    twin = load_gated(model)
+    with engine(model, long_prefill_token_threshold=16, **SMALL) as llm:
+        outputs = generate(llm, prompts([77, 5, 33]), tokens=8)
+    assert len({tuple(tokens) for tokens in token_ids(outputs)}) == 3
+    for output in outputs:
+        ids = torch.tensor([[*output.prompt_token_ids, *output.outputs[0].token_ids]])
+        with torch.no_grad():
+            best = twin(ids, "open").logits[0].argmax(-1)
+        assert best[len(output.prompt_token_ids) - 1 : -1].tolist() == list(output.outputs[0].token_ids)
