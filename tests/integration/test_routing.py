@@ -219,7 +219,7 @@ def test_bad_checkpoints(tmp_path):
             load_gates(str(path), section)
     for params, said in (
         ({"kv": "drop"}, "'skip' or 'keep'"),
-        ({"form": "prompt"}, "must be 'causal'"),
+        ({"form": "whole"}, "must be 'causal' or 'prompt'"),
         ({"x": 1}, "x"),
     ):
         with pytest.raises(PruneError, match=said):

@@ -78,8 +78,8 @@ class Gate(nn.Module, ABC):
     """One layer's drop gate. ``forward`` maps the layer's normed input to features, from which expiries follow.
 
     Class attributes declare how it is served: ``reveal``, ``scope``, ``unit`` (scale of ``decision_shift``), and whether
-    rows of soft visibility depend on earlier rows (``row_carry``). ``scope`` and ``borrows`` may depend on the gate's
-    parameters; ``borrows``: attention must ignore a number of each group's first query head (``borrowed.py``);
+    rows of soft visibility depend on earlier rows (``row_carry``). ``scope``, ``borrows`` and ``whole_prompt`` may depend on
+    the gate's parameters; ``borrows``: attention must ignore a number of each group's first query head (``borrowed.py``);
     ``routes``: what it decides is which tokens a layer runs on (``routing.py``); ``whole_prompt``: and it must see a
     prompt whole (``prompt.py``).
     """
@@ -91,7 +91,7 @@ class Gate(nn.Module, ABC):
     row_carry: ClassVar[bool] = False
     borrows: bool = False
     routes: ClassVar[bool] = False
-    whole_prompt: ClassVar[bool] = False
+    whole_prompt: bool = False
     softens: ClassVar[bool] = True
     """Whether there is a soft twin, so that the gate can be trained through attention."""
     protects: ClassVar[bool] = True

@@ -1,19 +1,23 @@
-"""FTP: fine-grained token-wise pruner (Li et al., arXiv 2412.11494), causal mode.
+"""FTP: fine-grained token-wise pruner (Li et al., arXiv 2412.11494), causal mode and prompt mode.
 
 The unit of decision is a (token j, block i) pair: where block i skips token j, x_out = x_in, and no key of j is stored
 there. A router of four factors decides, one MLP 4 -> 64 -> 2 shared by all blocks, argmax of its two outputs:
 
 1. position: log2(1 + j) / 4 - 2, known while streaming and independent of the length still to come;
-2. attention score: log2(A[j, j] x live count + 2^-6) / 2, the weight of j's own key in its own row of the last block that
-   computed j, in units of a uniform share, averaged over heads;
-3. relative rank: 4 times the share of that row's live keys with more weight, minus 2;
+2. attention score in the last block that computed j, in units of a uniform share: log2(score + 2^-6) / 2;
+3. relative rank there, 4 times the share of others with more, minus 2;
 4. the block's sparsity requirement: 4 times strength x s_i, the product at most ``MOST``.
 
-The scaling is ours (factors of about the same spread: with smaller ones the router learns all or nothing), and so is the
-causal mode: the published factors come from queries later than j, which a streaming server cannot know. Block 0 has no
-attention before it and always runs (s_0 = 0). No protection: the published one of the last token is needed where scores
-come from the prompt's end; in causal mode every position is decided alike. Strength scales the schedule: 0 runs
-everything, 1 is as trained.
+*Causal mode* (``form: causal``, ours): the score is A[j, j] x live count, the weight of j's own key in its own row, averaged
+over heads, and the rank is among that row's live keys. Every position is decided alike, while generating too.
+
+*Prompt mode* (``form: prompt``): score and rank come from the whole prompt, as published. The score is the attention that j
+received from the prompt's later tokens that the block ran on (``prompt.py`` has the formula), the rank is among the prompt's
+tokens that the block ran on. The prompt must come whole. Its last token always runs, which ours makes sure of, and so does
+what is generated. There is no cascade: a token that one block skips the next may run.
+
+The scaling is ours (factors of about the same spread: with smaller ones the router learns all or nothing). Block 0 has no
+attention before it and always runs (s_0 = 0). Strength scales the schedule: 0 runs everything, 1 is as trained.
 """
 
 from __future__ import annotations
@@ -54,7 +58,7 @@ class FTPGate(RoutingGate):
         shape: of the base model.
         kv: ``skip`` stores nothing of a skipped token in the block; ``keep`` (ours) projects and stores its key and value
             from the stream that passes by, so that later tokens still see it.
-        form: ``causal`` only. ``prompt``, with scores from the whole prompt as published, is not supported.
+        form: ``causal`` or ``prompt``, see the module.
     """
 
     method: ClassVar[str] = "ftp"
@@ -63,9 +67,10 @@ class FTPGate(RoutingGate):
         super().__init__()
         if kv not in ("skip", "keep"):
             raise ValueError(f"kv must be 'skip' or 'keep', got {kv!r}")
-        if form != "causal":
-            raise ValueError(f"form must be 'causal' (scores from the whole prompt are not supported), got {form!r}")
+        if form not in ("causal", "prompt"):
+            raise ValueError(f"form must be 'causal' or 'prompt', got {form!r}")
         self.shape, self.kv = shape, kv
+        self.whole_prompt = form == "prompt"
         self.router = nn.Sequential(nn.Linear(FACTORS, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 2))
         self.sparsity: torch.Tensor
         self.register_buffer("sparsity", torch.zeros(()))
@@ -128,20 +133,27 @@ def share_router(gates: Sequence[Gate]) -> None:
             gate.router = gates[0].router
 
 
-def static_keep(tokens: int, requirement: torch.Tensor | float, device: torch.device | None = None) -> torch.Tensor:
-    """The static router, without parameters: the first token and the most recent ones, (1 - s) T in all, at least one.
+def static_keep(
+    tokens: int,
+    requirement: torch.Tensor | float,
+    device: torch.device | None = None,
+    prompt: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The static router, without parameters: the first token and the most recent ones, (1 - s) P in all, at least one.
 
-    It needs to know where the sequence ends, so it is a guide for training and for the schedule search only.
+    In causal mode it is a guide for training and for the schedule search only, since it needs to know where the text ends.
 
     Args:
         tokens: T.
         requirement: s, float or [...].
+        prompt: int64 [...], P: what follows is kept. None takes all T tokens.
 
     Returns:
         bool [..., T].
     """
     s = torch.as_tensor(requirement, dtype=torch.float32, device=device)
-    budget = ((1.0 - s) * tokens).round().clamp_min(1.0)[..., None]
+    end = torch.tensor(tokens, device=s.device) if prompt is None else prompt
+    budget = ((1.0 - s) * end).round().clamp_min(1.0)[..., None]
     position = torch.arange(tokens, device=s.device)
-    priority = torch.where(position == 0, 0, tokens - position)
+    priority = torch.where(position == 0, 0, end[..., None] - position)
     return priority < budget

@@ -14,7 +14,10 @@ never eliminated. The last layer's decision would have no layer to take effect i
 Scores read later queries of the prompt, so that they are not causal within it: the whole prompt must be computed at once, and
 logits before the prompt's last token mean nothing.
 
-Letters: B batch, P tokens of the prompt, N survivors of it in this layer, H KV heads, G query heads a KV head, D head size.
+FTP's prompt mode (``ftp.py``) reads the same scores, of the tokens that a block ran on.
+
+Letters: B batch, T tokens, P of them of the prompt, N that this layer runs on, M whose keys are seen there (N, unless keys of
+skipped tokens are kept), H KV heads, G query heads a KV head, D head size.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ class PromptGate(Gate):
     reveal: ClassVar[Reveal] = Reveal.AT_WRITE
     scope: Scope = Scope.LAYER
     routes: ClassVar[bool] = True
-    whole_prompt: ClassVar[bool] = True
+    whole_prompt: bool = True
 
     def __init__(self, shape: GateShape) -> None:
         super().__init__()
@@ -108,52 +111,96 @@ class PromptGate(Gate):
         return torch.where(past, log_s[:, None, None, :], 0.0)
 
 
-def protected_tokens(positions: torch.Tensor, prompt: int, protection: Protection) -> torch.Tensor:
-    """bool, the shape of ``positions``: tokens of a prompt of P tokens that stay whatever their score."""
+def protected_tokens(positions: torch.Tensor, prompt: int | torch.Tensor, protection: Protection) -> torch.Tensor:
+    """bool, the shape of ``positions``: tokens of a prompt of P tokens (a number, or one that broadcasts) that stay whatever
+    their score; those after the prompt do."""
     return (positions < protection.sinks) | (prompt - 1 - positions <= protection.window)
 
 
-def received_naive(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
-    """Scores of the survivors of one prompt: the definition, with the whole attention matrix.
+def received_in(weights: torch.Tensor, asked: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+    """Scores from whole attention rows: the definition.
 
     Args:
-        query: [N, H * G, D]; key: [N, H, D], of the survivors in order.
+        weights: [..., T, T] (query, key), softmax, mean over query heads.
+        asked: bool [..., T], queries that count.
+        live: [..., T], keys that each query sees, its own included.
+
+    Returns:
+        [..., T], in the dtype of the weights; 0 where no query that counts follows.
+    """
+    later = weights.tril(-1) * (live * asked)[..., None]
+    after = asked.flip(-1).cumsum(-1).flip(-1) - asked.long()
+    return later.sum(-2) / after.clamp_min(1)
+
+
+def received_naive(
+    query: torch.Tensor, key: torch.Tensor, scale: float, own: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Scores of the tokens of one prompt that a layer runs on, with the whole attention matrix.
+
+    Args:
+        query: [N, H * G, D], of these tokens; key: [M, H, D], all that they see, both in order.
         scale: of the logits.
+        own: int64 [N], which key is each query's own, rising; None where M = N.
 
     Returns:
         float32 [N] (float64 for float64 inputs); 0 for the last one, whom nobody follows.
     """
-    n, heads = key.shape[:2]
+    m, heads = key.shape[:2]
+    place = torch.arange(m, device=query.device)
+    own = place if own is None else own
     q = at_least_float32(query).transpose(0, 1)
     k = at_least_float32(key).repeat_interleave(query.shape[1] // heads, dim=1).transpose(0, 1)
-    future = torch.ones(n, n, dtype=torch.bool, device=query.device).triu(1)
-    weights = (q @ k.transpose(1, 2) * scale).masked_fill(future, float("-inf")).softmax(-1)
-    live = torch.arange(1, n + 1, device=query.device, dtype=weights.dtype)
-    later = weights.mean(0).tril(-1) * live[:, None]
-    return later.sum(0) / torch.arange(n - 1, -1, -1, device=query.device, dtype=weights.dtype).clamp_min(1)
+    weights = (q @ k.transpose(1, 2) * scale).masked_fill(place > own[:, None], float("-inf")).softmax(-1).mean(0)
+    whole = weights.new_zeros(m, m).index_copy(0, own, weights)
+    asked = torch.zeros(m, dtype=torch.bool, device=query.device).index_fill(0, own, True)
+    return received_in(whole, asked, (place + 1).to(weights.dtype))[own]
 
 
 TILE = 128
 """Queries whose attention rows are held at a time by ``received``."""
 
 
-def received(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+def received(query: torch.Tensor, key: torch.Tensor, scale: float, own: torch.Tensor | None = None) -> torch.Tensor:
     """``received_naive``, ``TILE`` query rows at a time, each over the keys that it can see. Same arguments and result."""
     n, all_heads, d = query.shape
-    heads = key.shape[1]
+    m, heads = key.shape[:2]
     group = all_heads // heads
     dtype = torch.promote_types(torch.float32, query.dtype)
-    k = key.to(dtype).permute(1, 2, 0).contiguous()  # [H, D, N]
+    k = key.to(dtype).permute(1, 2, 0).contiguous()  # [H, D, M]
     q = (query.to(dtype) * scale).view(n, heads, group, d).permute(1, 2, 0, 3)  # [H, G, N, D]
-    total = torch.zeros(n, dtype=torch.float64, device=query.device)
-    pos = torch.arange(n, device=query.device)
+    total = torch.zeros(m, dtype=torch.float64, device=query.device)
+    place = torch.arange(m, device=query.device)
+    own = place if own is None else own
     for start in range(0, n, TILE):
-        stop = min(start + TILE, n)
-        rows = q[:, :, start:stop].reshape(heads, group * (stop - start), d)
-        logits = torch.bmm(rows, k[:, :, :stop]).view(heads * group, stop - start, stop)
-        logits[:, :, start:].masked_fill_(pos[start:stop] > pos[start:stop, None], float("-inf"))
+        at = own[start : start + TILE]
+        count, first, seen = len(at), int(at[0]), int(at[-1]) + 1  # keys before the first are seen by the whole tile
+        rows = q[:, :, start : start + count].reshape(heads, group * count, d)
+        logits = torch.bmm(rows, k[:, :, :seen]).view(heads * group, count, seen)
+        logits[:, :, first:].masked_fill_(place[first:seen] > at[:, None], float("-inf"))
         weights = logits.softmax(-1)
-        weights[:, :, start:].masked_fill_(pos[start:stop] >= pos[start:stop, None], 0.0)  # nobody receives from itself
-        live = (pos[start:stop] + 1).to(dtype)
-        total[:stop] += torch.einsum("hns,n->s", weights, live).double()
-    return (total / all_heads / (n - 1 - pos).clamp_min(1)).to(dtype)
+        weights[:, :, first:].masked_fill_(place[first:seen] >= at[:, None], 0.0)  # nobody receives from itself
+        total[:seen] += torch.einsum("hns,n->s", weights, (at + 1).to(dtype)).double()
+    after = torch.arange(n - 1, -1, -1, device=query.device).clamp_min(1)
+    return (total[own] / all_heads / after).to(dtype)
+
+
+def larger_share_naive(scores: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
+    """``larger_share``, every pair compared."""
+    larger = (scores[..., None, :] > scores[..., None]) & among[..., None, :]
+    return larger.sum(-1) / among.sum(-1, keepdim=True)
+
+
+def larger_share(scores: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
+    """Share of some tokens whose score is larger than a token's: its rank, 0 for the best.
+
+    Args:
+        scores: [..., T].
+        among: bool [..., T], the tokens that are counted, at least one.
+
+    Returns:
+        float32 [..., T].
+    """
+    rising = scores.masked_fill(~among, float("-inf")).sort(dim=-1).values
+    not_larger = torch.searchsorted(rising, scores.contiguous(), right=True)
+    return (scores.shape[-1] - not_larger) / among.sum(-1, keepdim=True)

@@ -1,8 +1,12 @@
 """Gates that route tokens: a skipped (token, layer) pair bypasses the layer's computation and stores no KV there.
 
-The decision about token j in a layer is made when j gets there, from *facts* known by then: its position, and its own row of
-attention in the last layer that computed it. expiry_j = j where it is skipped (never stored), NEVER otherwise. All heads of
-a layer share it. Nothing of it reaches the attention op: the layer is simply not run on the token.
+The decision about token j in a layer is made when j gets there, from *facts* known by then: its position, and attention in the
+last layer that computed it. expiry_j = j where it is skipped (never stored), NEVER otherwise. All heads of a layer share it.
+Nothing of it reaches the attention op: the layer is simply not run on the token.
+
+Two kinds of facts. *Causal*: from the token's own row of attention, so that it can be decided about as it comes. Of the *whole
+prompt* (``whole_prompt``): from what the prompt's later tokens gave it, so that the prompt must be there; what follows the
+prompt runs everywhere.
 """
 
 from __future__ import annotations
@@ -14,10 +18,13 @@ import torch
 
 from vllm_prune.gates.base import NEVER, Gate, Protection, Reveal, Scope
 from vllm_prune.gates.dcp import LOG_FLOOR
+from vllm_prune.gates.prompt import protected_tokens
 
 FACTS = 3
-"""Facts of a token: position j; A[j, j] times the row's live keys (1 = a uniform share), averaged over heads; share of the
-row's live keys with more weight than its own (0 = it is the strongest). All 0 but the position before the first layer."""
+"""Facts of a token: its position j; a score of which 1 is a uniform share; a rank, 0 for the best. Causal: A[j, j] times the
+row's live keys, averaged over heads; share of the row's live keys with more weight than its own. Of a whole prompt: attention
+received (``prompt.received``); share of the prompt's tokens that the layer ran on with a larger score. All 0 but the position
+before the first layer."""
 
 
 class RoutingGate(Gate):
@@ -55,21 +62,44 @@ class RoutingGate(Gate):
     def keep_soft(self, facts: torch.Tensor, strength: float = 1.0, **soft: Any) -> torch.Tensor:
         """Its soft twin, in [0, 1], float32 [...]."""
 
-    def runs_on(self, facts: torch.Tensor, strength: float, protection: Protection) -> torch.Tensor:
-        """``keep``, with the protected first tokens always kept.
+    def exempt(
+        self, position: torch.Tensor, protection: Protection, prompt: int | torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Tokens that every layer runs on, whatever the router says: the first ``sinks``; with facts of the whole prompt also
+        its last token, the ``window`` before it, and all that follows.
+
+        Args:
+            position: [...].
+            protection: see ``Protection``.
+            prompt: P of each token's request, broadcast to [...]; read where facts are of the whole prompt.
+
+        Returns:
+            bool [...].
 
         Raises:
-            ValueError: a window is protected; a token that is never stored has none.
+            ValueError: a window is protected, but facts are causal: a token that is never stored has none; or the prompt's
+                length is not told.
         """
+        if self.whole_prompt:
+            if prompt is None:
+                raise ValueError("facts of the whole prompt need its length")
+            return protected_tokens(position, prompt, protection)  # those after it are no further from its end
         if protection.window:
             raise ValueError("protect.window means nothing for a method that decides when a token is written")
-        return self.keep(facts, strength) | (facts[..., 0] < protection.sinks)
+        return position < protection.sinks
+
+    def runs_on(
+        self, facts: torch.Tensor, strength: float, protection: Protection, prompt: int | torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``keep``, and those that are exempt. Raises as ``exempt``."""
+        return self.keep(facts, strength) | self.exempt(facts[..., 0], protection, prompt)
 
     def expiry(self, features: torch.Tensor, strength: float, protection: Protection) -> torch.Tensor:
+        """With facts of the whole prompt: of a sequence that is all prompt."""
         position = torch.arange(features.shape[0], device=features.device)
         if self.keeps_kv:
             return torch.full_like(position, NEVER)[None]
-        kept = self.runs_on(features.float(), strength, protection)
+        kept = self.runs_on(features.float(), strength, protection, len(position))
         return torch.where(kept, torch.full_like(position, NEVER), position)[None]
 
     def log_visibility(self, features: torch.Tensor, **soft: float) -> torch.Tensor:

@@ -142,7 +142,8 @@ class GatedModelConfig(VerifyAndUpdateConfig):
         if served.routes or served.reveal is Reveal.NONE:
             prepare_skipping(vllm_config, section)
         if served.whole_prompt:
-            need_whole_prompts(vllm_config, section.method)
+            form = section.params.get("form")
+            need_whole_prompts(vllm_config, section.method if form is None else f"{section.method} (form {form})")
         cache = vllm_config.cache_config
         if not cache.user_specified_block_size:
             # Small pages come free sooner: half a page a lane is idle on average. The CPU platform would choose 128.

@@ -22,6 +22,7 @@ from vllm_prune.config import served_section, serves_stock
 from vllm_prune.gates import PromptGate, Reveal
 from vllm_prune.gates.routing import RoutingGate
 from vllm_prune.models.loading import load_gate_weights, without_gates
+from vllm_prune.models.prompt_facts import PromptFactsRouter
 from vllm_prune.models.prompt_router import PromptRouter
 from vllm_prune.models.routing import GateRouter, RoutedLayer, Router
 
@@ -96,7 +97,8 @@ def router_of(model: nn.Module) -> Router | None:
     if isinstance(gates[0], PromptGate):
         return PromptRouter(gates, section)
     if isinstance(gates[0], RoutingGate):
-        return GateRouter(gates, section.strength, section.protection)
+        kind = PromptFactsRouter if gates[0].whole_prompt else GateRouter
+        return kind(gates, section.strength, section.protection)
     return None
 
 

@@ -1,7 +1,8 @@
-"""Refuses requests for prompt log-probabilities, one by one, where gates eliminate tokens of prompts.
+"""Refuses requests for prompt log-probabilities, one by one, where gates decide about tokens of whole prompts.
 
-An eliminated token has no output of the last layer: what vLLM would return for it means nothing. vLLM asks the logits
-processors of a model whether they accept a request's parameters, before it is queued; this one does nothing else.
+An eliminated token has no output of the last layer, and what others get depends on tokens after them: what vLLM would return
+means nothing. vLLM asks the logits processors of a model whether they accept a request's parameters, before it is queued; this
+one does nothing else.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ class NoPromptLogprobs(LogitsProcessor):
         """Raises VLLMValidationError (HTTP 400) when prompt log-probabilities are asked for."""
         if sampling_params.prompt_logprobs is not None:
             raise VLLMValidationError(
-                "vllm-prune: refused (prompt-logprobs): this checkpoint's gates eliminate tokens of the prompt, which have no "
-                "log-probabilities. Leave prompt_logprobs (echo with logprobs) out, or serve it at strength 0.",
+                "vllm-prune: refused (prompt-logprobs): this checkpoint's gates skip tokens of the prompt by what comes after "
+                "them, so that these have no log-probabilities. Leave prompt_logprobs (echo with logprobs) out, or serve it at "
+                "strength 0.",
                 parameter="prompt_logprobs", value=sampling_params.prompt_logprobs,
             )  # fmt: skip
 

@@ -12,7 +12,7 @@ it). What a layer runs on it keeps: rules of by-query or delayed gates do not ap
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,7 +70,7 @@ class Router(ABC):
 
 
 class GateRouter(Router):
-    """Routes by gates that decide from facts (``gates/routing.py``).
+    """Routes by gates that decide from facts (``gates/routing.py``), causal ones here.
 
     Args:
         gates: one a layer, loaded.
@@ -89,7 +89,8 @@ class GateRouter(Router):
         step.notes["ran"] = None
         if self._always[layer]:
             return None
-        keep = self.gates[layer].runs_on(self._facts(step), self.strength, self.protection).numpy()
+        facts, prompts = self._facts(step), step.notes.get("prompts")
+        keep = self.gates[layer].runs_on(facts, self.strength, self.protection, prompts).numpy()
         step.notes["ran"] = keep
         return keep  # type: ignore[no-any-return]
 
@@ -105,8 +106,16 @@ class GateRouter(Router):
     def observe(self, layer: int, call: PruneAttentionMetadata, query: torch.Tensor) -> None:
         if layer + 1 == len(self.gates) or self._always[layer + 1]:
             return  # the next layer runs on everything, and so makes its facts anew
-        step = call.parent or call
-        facts, impl = self._facts(step), self.impls[layer]
+        facts = self._facts(call.parent or call)
+        for places, fresh in self.seen(layer, call, query):
+            facts[places, 1:] = fresh
+
+    def seen(
+        self, layer: int, call: PruneAttentionMetadata, query: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """What a layer's attention says of the tokens that it ran on: their places in the step int64 [N], scores and ranks
+        [N, 2], for some tokens at a time. Arguments as ``observe``."""
+        impl, ran = self.impls[layer], (call.parent or call).notes["ran"]
         for rows in (call.decodes, call.chunks):
             for i in range(rows.count):
                 first, count = int(rows.first[i]), int(rows.tokens[i])
@@ -119,11 +128,10 @@ class GateRouter(Router):
                     else torch.from_numpy(call.kept[first : first + count])
                 )
                 new = torch.stack([found.own * live, found.rank / live], dim=-1)
-                ran = step.notes["ran"]
                 if ran is not None:
                     chosen = torch.from_numpy(ran)[at]
                     at, new = at[chosen], new[chosen]
-                facts[at, 1:] = new
+                yield at, new
 
 
 class RoutedLayer:

@@ -20,7 +20,7 @@ VALIDATOR = "vllm_prune.models.prompt_logprobs:NoPromptLogprobs"
 
 
 def need_whole_prompts(vllm_config: VllmConfig, method: str) -> None:
-    """Switch chunked prefill off, and refuse requests for prompt log-probabilities.
+    """Switch chunked prefill off, and refuse requests for prompt log-probabilities. ``method`` is its name in messages.
 
     ``max_num_batched_tokens`` is raised to the longest request (and a decode of every other) where it is one of vLLM's
     defaults, which nobody asked for; vLLM does not tell what was given.

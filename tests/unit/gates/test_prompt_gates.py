@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_prune.gates import GATES, NEVER, ACCPromptGate, GateShape, LTPPromptGate, PromptGate, Protection
-from vllm_prune.gates.prompt import TILE, received, received_naive
+from vllm_prune.gates.prompt import TILE, larger_share, larger_share_naive, received, received_naive
 
 SHAPE = GateShape(32, 2, 4)
 METHODS = [method for method, gate in GATES.items() if issubclass(gate, PromptGate)]
@@ -35,6 +35,35 @@ def test_tiled_scores_are_the_definition(n: int) -> None:
     torch.testing.assert_close(received(q, k, 0.7).double(), naive, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(received(q.double(), k.double(), 0.7), naive, rtol=1e-9, atol=1e-12)
     assert naive[-1] == 0.0
+
+
+@given(st.integers(1, 2 * TILE + 9), st.integers(1, 40), st.integers(0, 50))
+def test_tiled_scores_of_some_queries_over_all_keys(m: int, apart: int, seed: int) -> None:
+    """Some tokens ask, their keys and those of the others are there; against a loop over pairs where it is short."""
+    q, k = heads(m, seed)
+    own = torch.randperm(m, generator=torch.Generator().manual_seed(seed))[: 1 + m // apart].sort().values
+    naive = received_naive(q[own].double(), k.double(), 0.7, own)
+    torch.testing.assert_close(received(q[own], k, 0.7, own).double(), naive, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(received(q[own].double(), k.double(), 0.7, own), naive, rtol=1e-9, atol=1e-12)
+    if m <= 12:
+        for i, j in enumerate(own.tolist()):
+            given_by = [
+                float((q[n, h].double() @ k[: n + 1, h // 3].double().T * 0.7).softmax(-1)[j]) * (n + 1)
+                for n in own.tolist() if n > j for h in range(6)
+            ]  # fmt: skip
+            assert float(naive[i]) == pytest.approx(sum(given_by) / max(1, len(given_by)), rel=1e-6)
+
+
+@given(st.integers(1, 40), st.integers(0, 200), st.sampled_from([1.0, 0.5]))
+def test_ranks_are_counts_of_larger_scores(t: int, seed: int, share: float) -> None:
+    g = torch.Generator().manual_seed(seed)
+    scores = (torch.rand(3, t, generator=g) * 9).round() / 9  # with ties
+    among = torch.rand(3, t, generator=g) < share
+    among[:, -1] = True
+    found = larger_share(scores, among)
+    assert torch.equal(found, larger_share_naive(scores, among))
+    assert torch.equal(larger_share(scores[0], among[0]), found[0])
+    assert (found[scores.masked_fill(~among, -1) == scores.masked_fill(~among, -1).amax(-1, keepdim=True)] == 0).all()
 
 
 @given(st.integers(1, 60), st.integers(0, 50))

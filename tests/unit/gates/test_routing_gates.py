@@ -65,6 +65,22 @@ def test_protected_tokens_run_and_a_window_is_refused():
         made.runs_on(x, 1.0, Protection(window=1))
 
 
+def test_in_prompt_mode_the_end_of_the_prompt_and_all_after_it_run():
+    made, x = gate(form="prompt"), facts(80)
+    for protection, exempt in ((Protection(), [59]), (Protection(sinks=3, window=4), [0, 1, 2, *range(55, 60)])):
+        runs = made.runs_on(x, 1.0, protection, 60)
+        assert runs[exempt].all() and runs[60:].all()
+        rest = [j for j in range(60) if j not in exempt]
+        assert torch.equal(runs[rest], made.keep(x, 1.0)[rest]) and not runs[rest].all()
+    both = made.runs_on(torch.stack([x, x]), 1.0, Protection(), torch.tensor([[60], [7]]))
+    assert torch.equal(both[0], made.runs_on(x, 1.0, Protection(), 60)) and both[1, 6:].all()
+    assert made.expiry(x, 1.0, Protection())[0, -1] == NEVER, "the definition takes a sequence as a prompt"
+    with pytest.raises(ValueError, match="need its length"):
+        made.runs_on(x, 1.0, Protection())
+    with pytest.raises(ValueError, match="'causal' or 'prompt'"):
+        FTPGate(SHAPE, form="whole")
+
+
 def test_the_soft_twin_becomes_the_decision_and_its_visibility_falls():
     made, x = gate(), facts(60)
     hard = made.keep(x, 1.0).float()
@@ -93,6 +109,8 @@ def test_static_router_keeps_the_first_and_the_latest(tokens, share, want):
     assert static_keep(tokens, share).int().tolist() == want
     both = static_keep(tokens, torch.tensor([share, 0.0]))
     assert both.shape == (2, tokens) and both[0].int().tolist() == want and both[1].all()
+    cut = static_keep(tokens + 3, torch.tensor([share, share]), prompt=torch.tensor([tokens, tokens + 3]))
+    assert cut[0].int().tolist() == [*want, 1, 1, 1] and torch.equal(cut[1], static_keep(tokens + 3, share))
 
 
 def test_one_router_for_all_blocks():
