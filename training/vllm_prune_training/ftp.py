@@ -1,7 +1,8 @@
 """Training FTP's router (arXiv 2412.11494): straight-through decisions, and the losses beside distillation.
 
 Loss = L_d + lambda_s L_s + lambda_g(t) L_g. L_d is KL to the dense model at the last block (``kl_forward``). L_s = sum over
-blocks of max(s_i - skipped_i, 0), one-sided. L_g: cross-entropy with the static router's decisions, linear to 0. Ours,
+blocks of max(s_i - skipped_i, 0), one-sided. L_g: cross-entropy with the static router's decisions, linear to 0. In prompt mode
+L_s and L_g are about the prompt's tokens, L_d about what follows them. Ours,
 where the paper says nothing: Gumbel-softmax over the two outputs (of two, a sigmoid with logistic noise), its
 temperature falling geometrically; no noise in the second half, or the router would hide behind it and skip nothing by
 argmax; and schedules scaled at random, so that strength is an input that means something.
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from vllm_prune.gates.ftp import MOST, FTPGate, static_keep
 
 from .recipe_ftp import FTPObjective
-from .routed import Decide
+from .routed import Decide, Routes
 
 
 def tau_at(objective: FTPObjective, progress: float) -> float:
@@ -62,67 +63,79 @@ class RouterPass:
     ) -> None:
         self.gates: Sequence[FTPGate] = gates
         self.scale, self.tau, self.noise = scale, tau, noise
-        self.runs: list[torch.Tensor] = []
+        self._routes: Routes | None = None
+        self._layers: list[int] = []
         self._wanted: list[torch.Tensor] = []
         self._logits: list[torch.Tensor] = []
 
-    def __call__(self, layer: int, facts: torch.Tensor) -> torch.Tensor | None:
+    def __call__(self, layer: int, routes: Routes) -> torch.Tensor | None:
         gate = self.gates[layer]
         if gate.always_runs:
             return None
         wanted = gate.requirement(self.scale)
-        run, skip = gate.logits(facts, wanted[:, None]).unbind(-1)
+        run, skip = gate.logits(routes.facts, wanted[:, None]).unbind(-1)
         logit = run - skip
         noisy = logit if self.noise is None else logit + next(self.noise)[..., 0]
         soft = torch.sigmoid(noisy / self.tau)
-        runs = (noisy >= 0).float() + soft - soft.detach()
-        self.runs.append(runs)
+        self._routes = routes
+        self._layers.append(layer)
         self._wanted.append(wanted)
         self._logits.append(logit)
-        return runs
+        return (noisy >= 0).float() + soft - soft.detach()
+
+    @property
+    def runs(self) -> list[torch.Tensor]:
+        """[B, T] a routed block: 1 where it ran, exempt tokens included."""
+        return [] if self._routes is None else [self._routes.kept[layer] for layer in self._layers]
 
     def skipped(self) -> torch.Tensor:
         """Share of tokens that each routed block skipped: [blocks, B]."""
-        return torch.stack([1.0 - runs.mean(-1) for runs in self.runs])
+        assert self._routes is not None
+        return 1.0 - self._routes.share(torch.stack(self.runs))
 
     def sparsity_loss(self) -> torch.Tensor:
         """L_s: sum over blocks, mean over rows."""
-        if not self.runs:
+        if self._routes is None:
             return torch.zeros(())
         return (torch.stack(self._wanted) - self.skipped()).clamp_min(0.0).sum(0).mean()
 
     def guide_loss(self) -> torch.Tensor:
-        """L_g: binary cross-entropy with the static router, mean over blocks, rows and tokens."""
-        if not self.runs:
+        """L_g: binary cross-entropy with the static router, mean over blocks, rows and the tokens of each."""
+        if self._routes is None:
             return torch.zeros(())
-        t = self._logits[0].shape[1]
-        static = torch.stack([static_keep(t, wanted) for wanted in self._wanted]).float()
-        return F.binary_cross_entropy_with_logits(torch.stack(self._logits), static)
+        t, prompt = self._logits[0].shape[1], self._routes.prompt
+        static = torch.stack([static_keep(t, wanted, prompt=prompt) for wanted in self._wanted]).float()
+        each = F.binary_cross_entropy_with_logits(torch.stack(self._logits), static, reduction="none")
+        return self._routes.share(each).mean()
 
 
 def static_decisions(schedule: Sequence[float]) -> Decide:
     """The static router at a schedule, as decisions for ``GatedModel.forward``."""
 
-    def decide(layer: int, facts: torch.Tensor) -> torch.Tensor | None:
+    def decide(layer: int, routes: Routes) -> torch.Tensor | None:
         if schedule[layer] <= 0.0:
             return None
-        b, t, _ = facts.shape
-        return static_keep(t, min(schedule[layer], MOST), facts.device).float().expand(b, t)
+        b, t, _ = routes.facts.shape
+        return static_keep(t, min(schedule[layer], MOST), routes.facts.device, routes.prompt).float().expand(b, t)
 
     return decide
 
 
 def random_decisions(schedule: Sequence[float], seed: int) -> Decide:
-    """Tokens chosen at random at a schedule: the baseline."""
+    """As many tokens as the static router keeps, chosen at random: the baseline."""
     generator = torch.Generator().manual_seed(seed)
 
-    def decide(layer: int, facts: torch.Tensor) -> torch.Tensor | None:
+    def decide(layer: int, routes: Routes) -> torch.Tensor | None:
         if schedule[layer] <= 0.0:
             return None
-        b, t, _ = facts.shape
-        budget = round((1.0 - min(schedule[layer], MOST)) * t)
-        order = torch.rand(b, t, generator=generator).argsort(-1).argsort(-1)
-        return (order < max(1, budget)).float().to(facts.device)
+        b, t, _ = routes.facts.shape
+        counted = routes.counted.cpu()
+        budget = ((1.0 - min(schedule[layer], MOST)) * counted.sum(-1, keepdim=True)).round().clamp_min(1.0)
+        draw = torch.rand(b, t, generator=generator)
+        if routes.exempt is not None:
+            draw = draw.masked_fill(routes.exempt.cpu(), -1.0)  # part of the budget, not on top of it
+        order = draw.masked_fill(~counted, 2.0).argsort(-1).argsort(-1)
+        return (order < budget).float().to(routes.facts.device)
 
     return decide
 

@@ -1,14 +1,15 @@
 """FTP's sparsity schedule by genetic search (arXiv 2412.11494, step 1 with the static router, step 3 with the trained one).
 
 A plan is a vector of per-block sparsities with a fixed mean. Fitness: KL of the dense model's next-token distribution to
-the routed one's on calibration rows. Population, generations, elitism and the pairwise transfers are ours: the paper's
-numbers are not known.
+the routed one's on calibration rows, in prompt mode of what follows their prompts. Population, generations, elitism and the
+pairwise transfers are ours: the paper's numbers are not known.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from vllm_prune.errors import PruneError
 from vllm_prune.gates.ftp import FTPGate
 
 from .ftp import schedule_of, set_schedule, static_decisions
-from .masked import GatedModel
+from .masked import GatedModel, GatedOutput
 from .recipe_ftp import FTPSearch
 
 STEP = 0.05
@@ -126,58 +127,83 @@ def search(
     return [round(x, 6) for x in best[0]], history
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Texts that a plan is judged on.
+
+    Attributes:
+        ids: int64 [B, T].
+        prompt: int64 [B], where each row's prompt ends: there plans are about the prompt's tokens, and judged by what follows
+            them. None: about all tokens.
+    """
+
+    ids: torch.Tensor
+    prompt: torch.Tensor | None = None
+
+    def each(self) -> Iterator[tuple[torch.Tensor, int | None]]:
+        """Rows [1, T], and P of each."""
+        for i, row in enumerate(self.ids):
+            yield row[None], None if self.prompt is None else int(self.prompt[i])
+
+
+def skipped_share(out: GatedOutput, prompt: int | None) -> float:
+    """Share of one row's (token, block) pairs that were skipped: of the prompt's P tokens, or of all."""
+    return 1.0 - float(torch.stack(out.runs)[..., :prompt].mean())
+
+
 def kl_cost(
-    gated: GatedModel, ids: torch.Tensor, trained: bool, achieved: float | None = None
+    gated: GatedModel, rows: Rows, trained: bool, achieved: float | None = None
 ) -> Callable[[Sequence[float]], float]:
-    """KL(dense || routed) per token over ids [B, T], as a function of the plan.
+    """KL(dense || routed) per predicted token, as a function of the plan.
 
     Args:
         gated: whose gates' schedule is set for each plan and restored by the caller.
+        rows: to judge on.
         trained: decide by the gates' router instead of the static one.
         achieved: mean share of skipped pairs that a plan must reach with the trained router (it may skip less than its
             plan asks for: that must not pay).
     """
 
     @torch.no_grad()
-    def log_probs(rows: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, float]:
-        out = gated(rows, collect=False, **kwargs)
-        ran = torch.stack(out.runs).mean().item() if out.runs else 1.0
-        return out.logits[:, :-1].float().log_softmax(-1), 1.0 - ran
+    def run(row: torch.Tensor, prompt: int | None, **kwargs: Any) -> tuple[torch.Tensor, GatedOutput]:
+        out = gated(row, collect=False, prompt=prompt, **kwargs)
+        return out.logits[0, (prompt or 1) - 1 : -1].float().log_softmax(-1), out
 
-    dense = [log_probs(row[None], mode="open")[0] for row in ids]
+    dense = [run(row, prompt, mode="open")[0] for row, prompt in rows.each()]
 
     def cost(plan: Sequence[float]) -> float:
         total = short = 0.0
         decide = None if trained else static_decisions(plan)
         if trained:
             set_schedule(list(gated.gates), plan)
-        for row, log_p in zip(ids, dense, strict=True):
-            log_q, skipped = log_probs(row[None], mode="hard", strength=1.0, decide=decide)
+        for (row, prompt), log_p in zip(rows.each(), dense, strict=True):
+            log_q, out = run(row, prompt, mode="hard", strength=1.0, decide=decide)
             total += float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-            short += 0.0 if achieved is None else max(achieved - skipped, 0.0)
-        return (total + 100.0 * short) / len(ids)
+            short += 0.0 if achieved is None else max(achieved - skipped_share(out, prompt), 0.0)
+        return (total + 100.0 * short) / len(dense)
 
     return cost
 
 
-def plan_schedule(
-    gated: GatedModel, ids: torch.Tensor, options: FTPSearch, sparsity: float, seed: int
-) -> dict[str, Any]:
+def plan_schedule(gated: GatedModel, rows: Rows, options: FTPSearch, sparsity: float, seed: int) -> dict[str, Any]:
     """Search a schedule with the static router and write it into the gates. Returns what the record keeps."""
     gates: list[Any] = list(gated.gates)
     start = uniform_plan(len(gates), sparsity)
-    plan, history = search(start, kl_cost(gated, ids, trained=False), options, options.generations, seed)
+    plan, history = search(start, kl_cost(gated, rows, trained=False), options, options.generations, seed)
     set_schedule(gates, plan)
-    return {"schedule": plan, "static_kl": history, "tokens": ids.numel()}
+    return {"schedule": plan, "static_kl": history, "tokens": rows.ids.numel()}
 
 
-def tune_schedule(gated: GatedModel, ids: torch.Tensor, options: FTPSearch, seed: int) -> dict[str, Any]:
+def tune_schedule(gated: GatedModel, rows: Rows, options: FTPSearch, seed: int) -> dict[str, Any]:
     """Fine-tune the gates' schedule with the trained router, not skipping less than it does now."""
     gates: list[FTPGate] = list(gated.gates)  # type: ignore[arg-type]
     start = schedule_of(gates)
     with torch.no_grad():
-        runs = [torch.stack(gated(row[None], "hard", strength=1.0, collect=False).runs).mean() for row in ids]
-    achieved = 1.0 - float(torch.stack(runs).mean())
-    plan, history = search(start, kl_cost(gated, ids, True, achieved), options, options.tune_generations, seed)
+        found = [
+            skipped_share(gated(row, "hard", strength=1.0, collect=False, prompt=prompt), prompt)
+            for row, prompt in rows.each()
+        ]
+    achieved = sum(found) / len(found)
+    plan, history = search(start, kl_cost(gated, rows, True, achieved), options, options.tune_generations, seed)
     set_schedule(gates, plan)
     return {"schedule": plan, "router_kl": history, "skipped_before": achieved}

@@ -178,7 +178,7 @@ class GatedModel(nn.Module):
         model.set_attn_implementation(ATTENTION)
         self.routed: RoutedLayers | None = None
         if isinstance(gates[0], RoutingGate):
-            self.routed = RoutedLayers(model, self.calls, gates[0].keeps_kv)
+            self.routed = RoutedLayers(model, self.calls, gates[0])
         for index, layer in enumerate(layers):
             object.__setattr__(layer, "prune_call", self.calls[index])
             if self.routed is not None:
@@ -244,28 +244,23 @@ class GatedModel(nn.Module):
         closed = [gate.close(row[prompt - 1].flatten(), self._strength)[index] for row in attended]
         return closed_expiry(torch.stack(closed), prompt, tokens)
 
-    def _decide(self, layer: int, facts: torch.Tensor) -> torch.Tensor | None:
+    def _decide(self, layer: int, routes: Routes) -> torch.Tensor | None:
         """The gates' own decisions [B, T] (routing gates)."""
         gate: Any = self.gates[layer]
         if gate.always_runs:
             return None
         if self._mode == "hard":
-            return gate.runs_on(facts, self._strength, self.section.protection).float()  # type: ignore[no-any-return]
-        return gate.keep_soft(facts, **self._soft)  # type: ignore[no-any-return]
+            return gate.keep(routes.facts, self._strength).float()  # type: ignore[no-any-return]
+        return gate.keep_soft(routes.facts, **self._soft)  # type: ignore[no-any-return]
 
     def _routed_output(self, out: GatedOutput, routes: Routes) -> None:
         """Facts, decisions, and what they keep: a skipped token's key is never stored unless KV is kept."""
         assert self.routed is not None
         out.features, out.runs = routes.seen, [run.detach() for run in routes.kept]
-        if self.routed.keep_kv:
-            stored = [torch.ones_like(run) for run in out.runs]
-        else:
-            stored = out.runs
-        t = stored[0].shape[1]
-        later = torch.arange(t - 1, -1, -1, device=stored[0].device)  # queries after each key
-        out.kept = [(run * later).sum() / max(1, run.shape[0] * t * (t - 1) // 2) for run in stored]
+        stored = [torch.ones_like(run) for run in out.runs] if self.routed.keep_kv else out.runs
+        out.kept = [routes.stored_share(run) for run in stored]
         if self._mode == "hard" and self._collect:
-            position = torch.arange(t, device=stored[0].device)
+            position = torch.arange(stored[0].shape[1], device=stored[0].device)
             out.expiry = torch.stack([torch.where(run > 0, NEVER, position) for run in stored], dim=1)[:, :, None]
 
     def _by_attention(self, name: str) -> list[torch.Tensor]:
@@ -329,7 +324,7 @@ class GatedModel(nn.Module):
                                           self.section.protection, soft, lean_again)  # fmt: skip
         routes: Routes | None = None
         if self.routed is not None and mode != "open":
-            routes = self.routed.start(batch, decide or self._decide)
+            routes = self.routed.start(batch, decide or self._decide, self.section.protection, prompt)
         try:
             run = self.model.get_decoder() if body is None else body
             hidden = run(input_ids=batch, use_cache=False).last_hidden_state

@@ -24,7 +24,6 @@ from transformers import PreTrainedModel
 
 from .ftp import RouterPass, row_scales
 from .masked import GatedModel, GatedOutput, Mode, Perturb
-from .prompt_recipe import PROMPT_METHODS
 from .recipe import Recipe
 
 ROWS = 4096
@@ -167,7 +166,8 @@ class TrainedModel(nn.Module):
                 noise = row_noise(keys, self.recipe.training.seed, len(gates), ids.shape[1], gates[0].num_features)
                 perturb = lambda logits: logits.float() + next(noise)  # noqa: E731
         elif self.method == "ftp":
-            return self.gated(ids, "soft", collect=False, body=self.body, decide=self._routed(ids, now, keys))
+            decide = self._routed(ids, now, keys)
+            return self.gated(ids, "soft", collect=False, body=self.body, decide=decide, prompt=prompt)  # type: ignore[no-any-return]
         else:
             protect = self.recipe.gate.protect
             knobs.update(sinks=protect.sinks, window=protect.window)
@@ -210,7 +210,7 @@ class TrainedModel(nn.Module):
                 the strength of the step; FTP tau, weight of L_g, factor of the noise. LTP at boundaries has for the
                 target the kept fraction below which nothing pushes.
             measure: mode of an evaluation; the weights and keys are not read then.
-            prompt: int64 [B], where prompts end (prompt gates).
+            prompt: int64 [B], where prompts end (gates that decide about whole prompts).
 
         Returns:
             ``text_loss``: the losses' share of the step's weighted mean (sums over rows add up to the mean);
@@ -276,16 +276,16 @@ class TrainedModel(nn.Module):
         Soft mode is at the temperature of the moment and without noise. With prompt gates the first half of the tokens is
         the prompt: losses are those of the second half in every mode, and kept is the share of (prompt token, layer) pairs.
         """
-        prompt = max(1, ids.shape[1] // 2) if self.method in PROMPT_METHODS else 1
-        told: dict[str, Any] = {"prompt": prompt} if self.method in PROMPT_METHODS else {}
+        prompt = max(1, ids.shape[1] // 2) if self.recipe.whole_prompts else 1
+        told: dict[str, Any] = {"prompt": prompt} if self.recipe.whole_prompts else {}
         with self.autocast(ids.device):
             out: Any = None
             if self.method == "none":
                 logits = self.dense(ids)
             else:
                 out = (
-                    self.soft(ids, knobs, None)
-                    if mode == "soft" and knobs is not None and self.method not in ("ltp", *PROMPT_METHODS)
+                    self.soft(ids, knobs, None, **told)
+                    if mode == "soft" and knobs is not None and self.method not in ("ltp", "ltp_prompt", "acc_prompt")
                     else self.gated(ids, mode, **told, **self.at(mode))
                 )
                 logits = out.logits

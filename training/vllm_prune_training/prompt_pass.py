@@ -18,27 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from vllm_prune.errors import PruneError
 from vllm_prune.gates.base import NEVER, Protection, at_least_float32
 from vllm_prune.gates.prompt import LOG_FLOOR, PromptGate, protected_tokens, received
 
+from .prompt_lengths import prompt_lengths
+
 Attend = Callable[..., Tensor]
-
-
-def prompt_lengths(prompt: int | Tensor | None, batch: int, tokens: int, device: torch.device) -> Tensor:
-    """int64 [B], P of each row.
-
-    Raises:
-        PruneError: there is none.
-        ValueError: one is not between 1 and T.
-    """
-    if prompt is None:
-        raise PruneError("gates that decide about whole prompts must be told where each prompt ends.",
-                         "Evaluate such a checkpoint through the server, or give prompt.")  # fmt: skip
-    lengths = torch.as_tensor(prompt, device=device).long().expand(batch)
-    if int(lengths.min()) < 1 or int(lengths.max()) > tokens:
-        raise ValueError(f"prompt lengths must be between 1 and {tokens}, got {lengths.tolist()}")
-    return lengths
 
 
 @dataclass

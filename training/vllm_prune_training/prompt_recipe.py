@@ -1,4 +1,5 @@
-"""The ``prompts`` section of a recipe: how gates that decide about whole prompts are trained (``gates/prompt.py``).
+"""The ``prompts`` section of a recipe: how gates that decide about whole prompts are trained (``gates/prompt.py``, and FTP's
+prompt mode).
 
 Every sequence is cut into a prompt of P tokens and a continuation. Scores read later queries of the prompt, so that a loss
 on the prompt would see the future: only tokens from P on are predicted.
@@ -15,6 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PROMPT_METHODS = ("ltp_prompt", "acc_prompt")
+FTP_PROMPT = "ftp with params.form prompt"
 Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 
 
@@ -50,16 +52,16 @@ class Prompts(BaseModel):
             raise ValueError("strengths must be [low, high], above 0, up to 16")
         return self
 
-    def check(self, method: str) -> None:
-        """Raises ValueError when a field belongs to another method."""
+    def check(self, gate: Any) -> None:
+        """Raises ValueError when the section, or a field of it, belongs to another method than that of a ``GateRecipe``."""
         owners = {"hard_from": "ltp_prompt"} | dict.fromkeys(
             ("strengths", "coverage", "statistic", "profile", "budget"), "acc_prompt"
         )
-        if method not in PROMPT_METHODS:
-            raise ValueError(f"prompts belongs to {' and '.join(PROMPT_METHODS)}, not to {method}")
+        if not whole_prompts(gate):
+            raise ValueError(f"prompts belongs to {', '.join(PROMPT_METHODS)} and {FTP_PROMPT}, not to {_named(gate)}")
         for name, owner in owners.items():
-            if owner != method and name in self.model_fields_set:
-                raise ValueError(f"prompts.{name} belongs to {owner}, not to {method}")
+            if owner != gate.method and name in self.model_fields_set:
+                raise ValueError(f"prompts.{name} belongs to {owner}, not to {_named(gate)}")
 
     def length(self, rng: np.random.Generator, tokens: int, answers: list[int]) -> int:
         """P of a sequence of T tokens, 2 to T - 1.
@@ -82,6 +84,16 @@ class Prompts(BaseModel):
         return math.exp(low + (high - low) * float(np.random.default_rng([seed, 77, step]).random()))
 
 
+def whole_prompts(gate: Any) -> bool:
+    """Whether the gates of a ``GateRecipe`` decide about whole prompts."""
+    return gate.method in PROMPT_METHODS or (gate.method == "ftp" and gate.params.get("form") == "prompt")
+
+
+def _named(gate: Any) -> str:
+    """Method, with its form where that matters."""
+    return f"ftp with params.form {gate.params.get('form', 'causal')}" if gate.method == "ftp" else str(gate.method)
+
+
 def check_prompts(gate: Any, training: Any, launch: Any, prompts: Prompts) -> None:
     """Raises ValueError when other sections of a recipe (``GateRecipe``, ``Training``, ``Launch``) do not go with it."""
     if training.compile:
@@ -91,5 +103,5 @@ def check_prompts(gate: Any, training: Any, launch: Any, prompts: Prompts) -> No
         raise ValueError(
             "launch.workers must be 1 with method ltp_prompt, whose thresholds have no gradient in the hard stage"
         )
-    if not gate.train_base and prompts.hard_from < 1.0:
+    if gate.method == "ltp_prompt" and not gate.train_base and prompts.hard_from < 1.0:
         raise ValueError("gate.train_base false leaves nothing to train in the hard stage: set prompts.hard_from 1")

@@ -14,7 +14,7 @@ from vllm_prune.gates import GATES
 
 from .boundary_recipe import BOUNDARY_METHODS, Boundaries
 from .data_recipe import Count, Data, NotNegative, Part, Positive, Share, Text
-from .prompt_recipe import PROMPT_METHODS, Prompts, check_prompts
+from .prompt_recipe import Prompts, check_prompts, whole_prompts
 from .recipe_ftp import FTPObjective
 
 NO_GATES = "none"
@@ -88,10 +88,10 @@ class GateRecipe(Part):
         if self.method in ("dcp", "dms") and self.protect != Protect():
             raise ValueError(f"protect cannot be trained with {self.method}, whose soft mask knows of no protection; "
                              "set drop_gate.protect in the exported config.json instead")  # fmt: skip
-        if self.method == "ftp" and (self.train_base or self.protect.window):
-            raise ValueError(
-                "method ftp trains the router of a frozen base: set train_base false, and no protect.window"
-            )
+        if self.method == "ftp" and self.train_base:
+            raise ValueError("method ftp trains the router of a frozen base: set train_base false")
+        if self.method == "ftp" and self.protect.window and not whole_prompts(self):
+            raise ValueError("method ftp has no protect.window unless params.form is prompt: leave it out")
         if not self.train_base and self.method not in ("dcp", "dms", "ltp", "ltp_prompt", "ftp"):
             raise ValueError(f"train_base false leaves nothing to train with method {self.method}")
         return self
@@ -341,14 +341,19 @@ class Recipe(Part):
         if self.teacher and not self.distils:
             raise ValueError("teacher is given, but objective has neither kl_forward nor kl_reverse")
         if self.prompts is not None:
-            self.prompts.check(self.gate.method)
-        if self.gate.method in PROMPT_METHODS:
+            self.prompts.check(self.gate)
+        if self.whole_prompts:
             check_prompts(self.gate, self.training, self.launch, self.told_prompts)
         if self.boundaries is not None:
             self.boundaries.check(self.gate.method)
         if self.gate.method in BOUNDARY_METHODS:
             self.told_boundaries.check_run(self.gate, self.training, self.launch)
         return self
+
+    @property
+    def whole_prompts(self) -> bool:
+        """Whether the gates decide about whole prompts, so that sequences are cut and continuations learned."""
+        return whole_prompts(self.gate)
 
     @property
     def told_prompts(self) -> Prompts:

@@ -5,7 +5,7 @@ Every layer computes every token; what a token's decision g in {0, 1} does to it
     x_out = x_in + g (layer(x_in) - x_in),    and its key has weight g in every later row's softmax.
 
 In training g is straight-through: hard forward, soft backward. A row's own key always counts: the row of a skipped token
-is thrown away, but its gradient asks what it would have been.
+is thrown away, but its gradient asks what it would have been. Facts have no gradient.
 
 Letters: B batch, T tokens, L layers, H KV heads, G query heads a KV head, D head size.
 """
@@ -21,11 +21,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vllm_prune.errors import PruneError
-from vllm_prune.gates.base import at_least_float32
-from vllm_prune.gates.routing import FACTS
+from vllm_prune.gates.base import Protection, at_least_float32
+from vllm_prune.gates.prompt import larger_share, received_in
+from vllm_prune.gates.routing import FACTS, RoutingGate
 
-Decide = Callable[[int, torch.Tensor], torch.Tensor | None]
-"""(layer, facts [B, T, 3]) to decisions g [B, T] with values 0 and 1, or None for all ones."""
+from .prompt_lengths import prompt_lengths
 
 
 @dataclass
@@ -34,19 +34,47 @@ class Routes:
 
     Attributes:
         facts: float32 [B, T, 3], of the last layer that computed each token.
+        prompt: int64 [B], P of each row, where facts are of the whole prompt; else None.
+        exempt: bool [B, T], tokens that every layer runs on, whatever is decided; None where there is none.
         kept: [B, T] a layer, the decisions g.
         seen: facts that each layer's decision was made from, [B, T, 3].
     """
 
     facts: torch.Tensor
+    prompt: torch.Tensor | None = None
+    exempt: torch.Tensor | None = None
     kept: list[torch.Tensor] = field(default_factory=list)
     seen: list[torch.Tensor] = field(default_factory=list)
 
     @classmethod
-    def start(cls, batch: int, tokens: int, device: torch.device) -> Routes:
+    def start(cls, batch: int, tokens: int, device: torch.device, prompt: torch.Tensor | None = None) -> Routes:
         facts = torch.zeros(batch, tokens, FACTS, device=device)
         facts[..., 0] = torch.arange(tokens, device=device)
-        return cls(facts)
+        return cls(facts, prompt)
+
+    @property
+    def counted(self) -> torch.Tensor:
+        """Tokens that are decided about: bool [B, T], the prompts', or all."""
+        position = self.facts[..., 0]
+        return position >= 0 if self.prompt is None else position < self.prompt[:, None]
+
+    def share(self, x: torch.Tensor) -> torch.Tensor:
+        """Mean of x [..., B, T] over the tokens of each row that are decided about: [..., B]."""
+        counted = self.counted.to(x.dtype)
+        return (x * counted).sum(-1) / counted.sum(-1)
+
+    def stored_share(self, stored: torch.Tensor) -> torch.Tensor:
+        """What a layer keeps: the mean share of past pairs whose key is stored, or of the prompts' tokens.
+
+        Args:
+            stored: float32 [B, T], 1 for tokens whose key is stored.
+        """
+        if self.prompt is not None:
+            counted = self.counted.float()
+            return (stored * counted).sum() / counted.sum()
+        t = stored.shape[1]
+        later = torch.arange(t - 1, -1, -1, device=stored.device)  # queries after each key
+        return (stored * later).sum() / max(1, stored.shape[0] * t * (t - 1) // 2)
 
     def update(self, weights: torch.Tensor, live: torch.Tensor, ran: torch.Tensor) -> None:
         """Take in a layer's attention.
@@ -57,10 +85,19 @@ class Routes:
             ran: bool [B, T], tokens that the layer computed.
         """
         mean = weights.detach().float().mean(1)
-        own = mean.diagonal(dim1=1, dim2=2)
-        rank = (mean > own[..., None]).sum(-1)
-        fresh = torch.stack([self.facts[..., 0], own * live, rank / live], dim=-1)
+        if self.prompt is None:
+            own = mean.diagonal(dim1=1, dim2=2)
+            score, rank = own * live, (mean > own[..., None]).sum(-1) / live
+        else:
+            asked = ran & self.counted
+            score = received_in(mean, asked, live)
+            rank = larger_share(score, asked)
+        fresh = torch.stack([self.facts[..., 0], score, rank], dim=-1)
         self.facts = torch.where(ran[..., None], fresh, self.facts)
+
+
+Decide = Callable[[int, Routes], torch.Tensor | None]
+"""(layer, what is known by then) to decisions g [B, T] with values 0 and 1, or None for all ones."""
 
 
 def routed_attention(
@@ -128,22 +165,38 @@ class RoutedLayers:
     Args:
         model: whose layers to route.
         calls: what each layer's attention reads (``masked._LayerCall``).
-        keep_kv: skipped tokens still store their keys and values (``RoutingGate.keeps_kv``).
+        gate: any layer's.
     """
 
-    def __init__(self, model: PreTrainedModel, calls: Sequence[Any], keep_kv: bool) -> None:
-        self.calls, self.keep_kv = calls, keep_kv
+    def __init__(self, model: PreTrainedModel, calls: Sequence[Any], gate: RoutingGate) -> None:
+        self.calls, self.gate, self.keep_kv = calls, gate, gate.keeps_kv
         self.routes: Routes | None = None
-        self.decide: Decide = lambda layer, facts: None
+        self.decide: Decide = lambda layer, routes: None
         self._stream: torch.Tensor | None = None
         self._gate: torch.Tensor | None = None
         for index, layer in enumerate(decoder_layers(model)):
             layer.register_forward_pre_hook(self._before(index), with_kwargs=True)
             layer.register_forward_hook(self._after)
 
-    def start(self, ids: torch.Tensor, decide: Decide) -> Routes:
-        """Route the next forward pass over ids [B, T]; the result fills while it runs."""
-        self.routes, self.decide = Routes.start(*ids.shape, ids.device), decide
+    def start(
+        self, ids: torch.Tensor, decide: Decide, protection: Protection, prompt: int | torch.Tensor | None
+    ) -> Routes:
+        """Route the next forward pass; the result fills while it runs.
+
+        Args:
+            ids: [B, T].
+            decide: exempt tokens run whatever it says.
+            protection: of the section.
+            prompt: P of each row, where facts are of whole prompts; else not read.
+
+        Raises:
+            PruneError, ValueError: as ``prompt_lengths``; as ``RoutingGate.exempt``.
+        """
+        lengths = prompt_lengths(prompt, *ids.shape, ids.device) if self.gate.whole_prompt else None
+        self.routes, self.decide = Routes.start(*ids.shape, ids.device, lengths), decide
+        position = self.routes.facts[..., 0]
+        exempt = self.gate.exempt(position, protection, None if lengths is None else lengths[:, None])
+        self.routes.exempt = exempt if bool(exempt.any()) else None
         return self.routes
 
     def stop(self) -> None:
@@ -157,7 +210,9 @@ class RoutedLayers:
             if self.routes is None:
                 return
             routes = self.routes
-            gate = self.decide(index, routes.facts)
+            gate = self.decide(index, routes)
+            if gate is not None and routes.exempt is not None:
+                gate = torch.where(routes.exempt, 1.0, gate)
             self._stream, self._gate = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], gate
             ones = torch.ones(routes.facts.shape[:2], device=routes.facts.device)
             routes.seen.append(routes.facts)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from vllm_prune.gates import PromptGate, ShadowGate
+from vllm_prune.gates import ShadowGate
 
 from .gate_evaluation import final_live, past_pair_kept
 from .masked import GatedModel
@@ -87,7 +87,7 @@ def sweep(
         One point a strength, in the given order.
     """
     told, first = {}, 1
-    if isinstance(gated.gates[0], PromptGate | ShadowGate):
+    if gated.gates[0].whole_prompt or isinstance(gated.gates[0], ShadowGate):
         first = max(1, ids.shape[1] // 2)
         told = {"prompt": first}
     shape = (len(gated.calls), gated.gates[0].num_units)  # type: ignore[union-attr]

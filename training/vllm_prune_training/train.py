@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
@@ -26,10 +27,9 @@ from .boundary_profile import tune_boundaries
 from .build import make_base, make_gates, make_tokenizer, make_trained
 from .checkpoints import SaveFailed, check_same, checkpoints, publish, put_aside, read_run
 from .ftp import schedule_of, set_schedule
-from .ftp_search import plan_schedule, tune_schedule
+from .ftp_search import Rows, plan_schedule, tune_schedule
 from .gate_export import readme
 from .objectives import TrainedModel
-from .prompt_recipe import PROMPT_METHODS
 from .provenance import git_commit
 from .recipe import NO_GATES, Recipe
 from .shadow.recipe import ShadowRecipe
@@ -97,12 +97,17 @@ def _start(recipe: Recipe, resume: bool, data: list[dict[str, Any]]) -> Path | N
     return last
 
 
-def _calibration_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, longest: int) -> torch.Tensor:
-    """Rows of the training data for FTP's schedule search: int64 [N, T]."""
+def _calibration_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, longest: int, device: torch.device) -> Rows:
+    """Rows of the training data for FTP's schedule search, cut as the recipe cuts them in training."""
     assert recipe.objective.ftp is not None
     options = recipe.objective.ftp.search
     data = recipe.data.model_copy(update={"held_out": recipe.data.train})
-    return held_out_windows(data, tokenizer, options.length or longest, options.tokens)
+    ids = held_out_windows(data, tokenizer, options.length or longest, options.tokens).to(device)
+    if not recipe.whole_prompts:
+        return Rows(ids)
+    rng = np.random.default_rng([recipe.training.seed, 79])
+    cuts = [recipe.told_prompts.length(rng, ids.shape[1], []) for _ in ids]
+    return Rows(ids, torch.tensor(cuts, device=device))
 
 
 def run(
@@ -129,7 +134,7 @@ def run(
     longest = max(length for _, length in recipe.training.phases)
     arguments = _arguments(recipe, work, extra_arguments or {})
     tokenizer = make_tokenizer(recipe, longest)
-    prompts = recipe.told_prompts if recipe.gate.method in PROMPT_METHODS else None
+    prompts = recipe.told_prompts if recipe.whole_prompts else None
     batches = Batches(recipe.data, recipe.training, tokenizer, recipe.objective.answer_weight, prompts)
     windows = held_out_windows(recipe.data, tokenizer, longest, recipe.training.eval_tokens)
     trained = make_trained(recipe, make_base(recipe, tokenizer), arguments.device)
@@ -146,7 +151,7 @@ def run(
     planned: dict[str, Any] = {}
     ftp = recipe.objective.ftp
     if ftp is not None:
-        calibration = _calibration_rows(recipe, tokenizer, longest).to(arguments.device)
+        calibration = _calibration_rows(recipe, tokenizer, longest, arguments.device)
         trained.to(arguments.device)
         if last is None and recipe.gate.init_from is None:
             planned["search"] = plan_schedule(
