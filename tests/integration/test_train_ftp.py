@@ -1,4 +1,4 @@
-"""`vllm-prune train` with FTP's tiny recipe, and its folder served by vLLM: the server bypasses what the twin bypasses."""
+"""`vllm-prune train` with FTP's tiny recipes, and their folders served by vLLM: the server bypasses what the twin bypasses."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ from vllm_prune.gates import NEVER
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "examples/recipes/ftp-tiny.yaml"
-SHORT = {"training.steps": 16, "training.eval_tokens": 256, "objective.ftp.search.generations": 1}
+PROMPT = ROOT / "examples/recipes/ftp-prompt-tiny.yaml"
+SHORT = {"training.steps": 24, "training.eval_tokens": 256, "objective.ftp.search.generations": 1}
 
 
-def test_from_a_recipe_to_a_served_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", [RECIPE, PROMPT], ids=["causal", "prompt"])
+def test_from_a_recipe_to_a_served_folder(recipe: Path, tmp_path: Path) -> None:
     sets = [f"--set={name}={value}" for name, value in {**SHORT, "output": tmp_path / "ftp"}.items()]
     done = subprocess.run(
-        [sys.executable, "-m", "vllm_prune.cli", "train", str(RECIPE), *sets], cwd=ROOT, text=True, capture_output=True,
+        [sys.executable, "-m", "vllm_prune.cli", "train", str(recipe), *sets], cwd=ROOT, text=True, capture_output=True,
         timeout=400, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -38,6 +40,8 @@ def test_from_a_recipe_to_a_served_folder(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "ftp/config.json").read_text())["drop_gate"]
     assert config["method"] == "ftp" and config["dtype"] == "float32"
     assert record["hard_over_soft"] == pytest.approx(1.0, abs=0.02)
+    assert config["expected_keep"] == round(record["held_out"]["kept_hard"], 4)
+    assert config["params"] == ({"form": "prompt"} if recipe == PROMPT else {})
 
     from vllm import SamplingParams
 
@@ -46,11 +50,11 @@ def test_from_a_recipe_to_a_served_folder(tmp_path: Path) -> None:
     with engine(tmp_path / "ftp", skip_tokenizer_init=False, max_model_len=256, dtype="float32",
                 additional_config=options) as llm:  # fmt: skip
         params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-        output = llm.generate("def read(path):\n    return ", params, use_tqdm=False)[0]
+        output = llm.generate(recipe.read_text()[:400], params, use_tqdm=False)[0]
         assert len(output.outputs[0].token_ids) == 12
         ids, found = recorded(llm, output)
         with torch.no_grad():
-            want = twin(torch.tensor(ids), "hard").expiry
+            want = twin(torch.tensor(ids), "hard", prompt=len(output.prompt_token_ids)).expiry
         assert want is not None
         np.testing.assert_array_equal(found != NEVER, want.numpy() != NEVER)
         assert pool_is_whole(llm)
@@ -62,12 +66,16 @@ def test_from_a_recipe_to_a_served_folder(tmp_path: Path) -> None:
         ({"gate.train_base": True}, "train_base false"),
         ({"gate.protect.window": 4}, "protect.window"),
         ({"gate.params.kv": "drop"}, "'skip' or 'keep'"),
-        ({"gate.params.form": "prompt"}, "must be 'causal'"),
+        ({"gate.params.form": "whole"}, "must be 'causal' or 'prompt'"),
         ({"objective.ftp.sparsity": 0.95}, "less than 0.9"),
         ({"objective.ftp.search.elite": 8}, "elite"),
         ({"objective.gamma": 0.3}, "belongs to dcp"),
         ({"training.compile": True}, "training.compile"),
         ({"launch.kind": "accelerate", "launch.fsdp": True}, "launch.fsdp"),
+        (
+            {"prompts.share": [0.2, 0.8]},
+            "acc_prompt and ftp with params.form prompt, not to ftp with params.form causal",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -78,6 +86,16 @@ def test_bad_recipes(sets: dict, said: str, tmp_path: Path) -> None:
     with pytest.raises(PruneError, match=said):
         recipe = read_recipe(RECIPE, [f"{name}={json.dumps(value)}" for name, value in sets.items()])
         gate_section(recipe, AutoConfig.from_pretrained(ROOT / str(recipe.model)))
+
+
+@pytest.mark.parametrize(
+    "name,value,owner",
+    [("hard_from", 0.5, "ltp_prompt"), ("strengths", [0.5, 2.0], "acc_prompt"), ("profile", "uniform", "acc_prompt")],
+)
+def test_fields_of_other_prompt_methods_are_refused_by_name(name: str, value: object, owner: str) -> None:
+    with pytest.raises(PruneError, match=rf"prompts\.{name} belongs to {owner}, not to ftp with params\.form prompt"):
+        read_recipe(PROMPT, [f"prompts.{name}={json.dumps(value)}"])
+    assert read_recipe(PROMPT, ["gate.protect.window=4"]).whole_prompts and not read_recipe(RECIPE, []).whole_prompts
 
 
 def test_a_base_too_shallow_for_its_sparsity() -> None:
