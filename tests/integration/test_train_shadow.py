@@ -69,6 +69,7 @@ def load_ids(folder: Path) -> list[int]:
         ("gate.method=dms", r"Input should be"),
         ("shadow.samples=10000000", r"field 'shadow\.samples'"),
         ("shadow.criterion=snip", r"field 'shadow\.criterion'.*'plainact' or 'l2'"),
+        ("shadow.neuron_criterion=weight", r"shadow\.neuron_criterion belongs to shadow_token: shadow closes no neurons"),
         ("shadow.steps=3", r"field 'shadow\.steps' is unknown; allowed here: batch, "),
         ("shadow.held_out=0.001", r"both sides need 2"),
         ("shadow.prompt=5000", r"the model has 4096 positions"),
@@ -92,9 +93,15 @@ def test_an_ordinary_recipe_with_shadow_is_refused(tmp_path: Path, monkeypatch) 
 def test_the_token_form_is_served_as_trained(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     recipe = ROOT / "examples/recipes/shadow-token-tiny.yaml"
+    by_weight = "shadow.neuron_criterion=weight"
+    with pytest.raises(PruneError, match="neuron_criterion weight goes with criterion plainact, not with l2"):
+        train_command(recipe, settings(tmp_path, by_weight, "shadow.criterion=l2"), resume=True)
     assert train_command(recipe, settings(tmp_path, "shadow.epochs=5"), resume=True) == 0
-    folder = tmp_path / "gated"
-    assert {"heads", "neurons"} == set(json.loads((folder / "record.json").read_text())["predictors"])
+    plain, folder = tmp_path / "gated", tmp_path / "weight/gated"  # of the same traces
+    other = settings(tmp_path / "weight", f"work={tmp_path / 'gated-work'}", "shadow.epochs=5", by_weight)
+    assert train_command(recipe, other, resume=True) == 0
+    was, now = (json.loads((x / "record.json").read_text())["predictors"] for x in (plain, folder))
+    assert {"heads", "neurons"} == set(now) and was["heads"] == now["heads"] and was["neurons"] != now["neurons"]
     config = json.loads((folder / "config.json").read_text())
     config["dtype"] = "float32"
     (folder / "config.json").write_text(json.dumps(config))

@@ -13,6 +13,7 @@ from vllm_prune_training.masked import GatedModel
 from vllm_prune_training.shadow.criteria import places, trace, watched
 from vllm_prune_training.shadow.measure import attended_at, continuation_nll, masked
 from vllm_prune_training.shadow.predictor import fit, scaled_targets, spearman, split
+from vllm_prune_training.shadow.weights import into_neurons, weight_scores
 from vllm_prune_training.sweep import sweep
 
 from vllm_prune.config import DropGateConfig
@@ -84,6 +85,49 @@ def test_what_is_traced():
     for wrong in (0, T):
         with pytest.raises(ValueError, match="prompt"):
             trace(model, ids, weight, wrong)
+
+
+def test_the_papers_neuron_criterion_is_autograds():
+    """| W * W.grad | of one text at a time, summed over a neuron's rows of gate and up: the naive twin of delta^T x."""
+    model, ids, weight = model_and_ids()
+    weight[:, P + 2] = 0.3
+    found = trace(model, ids, weight, P, "all").neurons_weight
+    layers = model.get_decoder().layers
+    for row in range(len(ids)):
+        want = []
+        model.requires_grad_(True).zero_grad()
+        each = cross_entropy(model(ids[row : row + 1]).logits[0, P - 1 : -1], ids[row, P:], reduction="none")
+        (each * weight[row, P:]).sum().backward()
+        for layer in layers:
+            rows = (layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight)
+            want.append(sum((w.detach() * w.grad).abs().sum(1) for w in rows))
+        torch.testing.assert_close(found[row], torch.stack(want), rtol=1e-4, atol=1e-6)
+    assert (found > 0).any() and found.shape == (3, LAYERS, model.config.intermediate_size)
+    later = trace(model, ids, weight, P).neurons_weight
+    assert not torch.allclose(later, found, rtol=1e-2), "prompt positions count in the published form only"
+
+
+def test_weight_scores_token_by_token():
+    g = torch.Generator().manual_seed(0)
+    weight, x, delta = (
+        torch.randn(5, 4, generator=g),
+        torch.randn(2, 7, 4, generator=g),
+        torch.randn(2, 7, 5, generator=g),
+    )
+    for row in range(2):
+        slope = sum(torch.outer(d, a) for d, a in zip(delta[row], x[row], strict=True))
+        want = torch.tensor([sum(abs(float(w * s)) for w, s in zip(*pair, strict=True)) for pair in zip(weight, slope)])  # noqa: B905
+        torch.testing.assert_close(weight_scores(weight, x, delta)[row], want)
+
+
+def test_mlps_of_another_form_have_no_weight_criterion():
+    config = AutoConfig.for_model("phi3", vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                                  num_attention_heads=2, num_key_value_heads=2, pad_token_id=0)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    assert into_neurons(model) == [[], []]
+    ids = torch.randint(1, 64, (2, T), generator=torch.Generator().manual_seed(0))
+    found = trace(model, ids, torch.ones(2, T), P)
+    assert found.neurons_weight.shape == (2, 2, 0) and found.neurons_plainact.shape == (2, 2, 24)
 
 
 def test_a_model_of_another_make_is_refused():

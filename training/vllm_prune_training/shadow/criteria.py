@@ -4,7 +4,8 @@ With C [T, D] a head's attention output before the output projection, a [T] a ne
 and the loss of the tokens after the prompt, summed (section 3 of the paper, labels of the context left out):
 
 - ``plainact``: sum over t of | sum over i C[t, i] dLoss/dC[t, i] |, and of | a[t] dLoss/da[t] |: first-order estimates of
-  the loss when the structure is removed. The neuron's form is ours, for gated MLPs; the paper's is |W1 * dLoss/dW1| by rows.
+  the loss when the structure is removed. The neuron's form is ours; the paper's is ``weight``: | W1 * dLoss/dW1 | summed over
+  the neuron's weights (``weights.py``).
 - ``l2``: sum over t of |C[t]|_2, and of | a[t] |.
 
 Letters: B samples, T tokens, L layers, N query heads, D head size, M neurons a layer.
@@ -25,6 +26,7 @@ from transformers import PreTrainedModel
 from vllm_prune.errors import PruneError
 
 from ..families import attention_modules
+from .weights import inputs_and_outputs, into_neurons, weight_scores
 
 
 @dataclass
@@ -36,7 +38,8 @@ class Traces:
             ShadowLLM's predictor reads; the others feed per-layer predictors.
         leaky: [B, N * D], layer 0's at the last position of all, which has seen the continuation.
         heads_plainact, heads_l2: [B, L, N].
-        neurons_plainact, neurons_l2: [B, L, M].
+        neurons_plainact, neurons_l2, neurons_weight: [B, L, M]; the last [B, L, 0] where the projections into the neurons
+            are not known (``into_neurons``).
     """
 
     attended: torch.Tensor
@@ -45,6 +48,7 @@ class Traces:
     heads_l2: torch.Tensor
     neurons_plainact: torch.Tensor
     neurons_l2: torch.Tensor
+    neurons_weight: torch.Tensor
 
     @classmethod
     def together(cls, parts: list[Traces]) -> Traces:
@@ -110,17 +114,29 @@ def trace(
     out, down = places(model)
     heads = model.config.num_attention_heads
     embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
-    with torch.enable_grad(), watched(out) as attended, watched(down) as neurons:
+    into = into_neurons(model)
+    known = all(into)
+    made_by = [module for modules in into for module in modules] if known else []
+    with torch.enable_grad(), watched(out) as attended, watched(down) as neurons, inputs_and_outputs(made_by) as made:
         hidden = model.get_decoder()(inputs_embeds=embedded, use_cache=False).last_hidden_state
         logits = model.get_output_embeddings()(hidden[:, prompt - 1 : -1]).float()
         each = cross_entropy(logits.flatten(0, 1), ids[:, prompt:].flatten(), reduction="none")
         loss = (each * weight[:, prompt:].flatten()).sum()  # a sum: samples do not touch each other
     count = len(attended)
-    grads = torch.autograd.grad(loss, [*attended, *neurons])
+    grads = torch.autograd.grad(loss, [*attended, *neurons, *(after for _, after in made)])
     since = prompt if positions == "continuation" else 0
 
     def summed(x: torch.Tensor) -> torch.Tensor:
         return x[:, since:].float().sum(1)
+
+    def by_weight() -> torch.Tensor:
+        if not known:
+            return torch.zeros(len(ids), count, 0)
+        each = [
+            weight_scores(module.weight, x.detach()[:, since:], delta[:, since:])
+            for module, (x, _), delta in zip(made_by, made, grads[2 * count :], strict=True)
+        ]
+        return torch.stack(each, 1).unflatten(1, (count, -1)).sum(2)  # a gated MLP has two projections
 
     with torch.no_grad():
         by_head = [x.detach().unflatten(-1, (heads, -1)) for x in attended]
@@ -130,6 +146,9 @@ def trace(
             attended[0][:, -1].detach().float(),
             torch.stack([summed((c * g).sum(-1).abs()) for c, g in zip(by_head, grad_by_head, strict=True)], 1),
             torch.stack([summed(c.norm(dim=-1)) for c in by_head], 1),
-            torch.stack([summed((a.detach() * g).abs()) for a, g in zip(neurons, grads[count:], strict=True)], 1),
+            torch.stack(
+                [summed((a.detach() * g).abs()) for a, g in zip(neurons, grads[count : 2 * count], strict=True)], 1
+            ),
             torch.stack([summed(a.detach().abs()) for a in neurons], 1),
+            by_weight(),
         )

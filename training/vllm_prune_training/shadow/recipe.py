@@ -37,6 +37,8 @@ class Shadow(Part):
     Attributes:
         criterion: ``plainact``, activation times gradient of the continuation's loss (the paper's choice), or ``l2``, the
             norm of the activation (in DejaVu's spirit, no gradients).
+        neuron_criterion: of neurons (shadow_token), with criterion plainact: ``activation``, times its gradient (ours), or
+            ``weight``, the paper's: weight times gradient, summed over the neuron's rows of the projections into it.
         positions: over which tokens a criterion is summed: those of the ``continuation``, which alone are served without
             the heads (ours), or ``all``, as published.
         scale: targets are stretched to [0, 1] over each ``layer`` or over the whole network (``global``), per sample.
@@ -51,6 +53,7 @@ class Shadow(Part):
     """
 
     criterion: Literal["plainact", "l2"] = "plainact"
+    neuron_criterion: Literal["activation", "weight"] = "activation"
     positions: Literal["continuation", "all"] = "continuation"
     scale: Literal["layer", "global"] = "layer"
     samples: Annotated[int, Field(ge=10, le=1_000_000)]
@@ -70,7 +73,14 @@ class Shadow(Part):
         kept = round(self.samples * self.held_out)
         if not 2 <= kept <= self.samples - 2:
             raise ValueError(f"held_out leaves {kept} of {self.samples} samples: both sides need 2")
+        if self.neuron_criterion == "weight" and self.criterion != "plainact":
+            raise ValueError(f"neuron_criterion weight goes with criterion plainact, not with {self.criterion}")
         return self
+
+    @property
+    def of_neurons(self) -> str:
+        """Name of the neurons' criterion among the ``Traces``."""
+        return "weight" if self.neuron_criterion == "weight" else self.criterion
 
 
 class ShadowRecipe(Part):
@@ -89,6 +99,12 @@ class ShadowRecipe(Part):
     gate: ShadowGateRecipe
     shadow: Shadow
     data: Data
+
+    @model_validator(mode="after")
+    def _check(self) -> ShadowRecipe:
+        if self.gate.method != "shadow_token" and "neuron_criterion" in self.shadow.model_fields_set:
+            raise ValueError(f"shadow.neuron_criterion belongs to shadow_token: {self.gate.method} closes no neurons")
+        return self
 
     @property
     def work_folder(self) -> str:

@@ -40,6 +40,7 @@ from .criteria import Traces, places, trace
 from .measure import attended_at, continuation_nll, nll_after
 from .predictor import Fit, fit, scaled_targets, split
 from .recipe import ShadowRecipe
+from .weights import into_neurons
 
 TRACES = "traces.safetensors"
 PREDICTORS = {"heads": "predictor", "neurons": "neuron_predictor"}
@@ -68,6 +69,9 @@ def run(recipe: ShadowRecipe, resume: bool = True) -> Outcome:
     model = AutoModelForCausalLM.from_pretrained(recipe.model, config=config, dtype=torch.float32)
     model.eval().requires_grad_(False)
     places(model)
+    if recipe.shadow.neuron_criterion == "weight" and not all(into_neurons(model)):
+        raise PruneError(f"the MLPs of {type(model).__name__} have no gate_proj and up_proj whose rows are neurons.",
+                         "Set shadow.neuron_criterion activation.")  # fmt: skip
     if not resume and (aside := put_aside(work)) is not None:
         print(f"the earlier run's {work} is now {aside}", flush=True)
     work.mkdir(parents=True, exist_ok=True)
@@ -196,7 +200,7 @@ def fit_all(recipe: ShadowRecipe, traces: Traces, section: DropGateConfig) -> di
     heads = scaled_targets(traces.target("heads", s.criterion), s.scale)
     tasks = {"heads": (heads.flatten(1), params.hidden, heads.shape[2])}  # layer 0 is predicted, never chosen
     if isinstance(params, ShadowTokenGate):
-        neurons = scaled_targets(traces.target("neurons", s.criterion), s.scale)
+        neurons = scaled_targets(traces.target("neurons", s.of_neurons), s.scale)
         tasks["neurons"] = (neurons[:, 1:].flatten(1), params.neuron_hidden, 0)
     try:
         return {
@@ -220,7 +224,7 @@ def measure(
     windows = held_out_windows(recipe.data, tokenizer, length, s.windows * length)
     heads, group = gate.shape.num_kv_heads, gate.query_heads // gate.shape.num_kv_heads
     mean = scaled_targets(traces.target("heads", s.criterion), s.scale).mean(0).unflatten(-1, (heads, group)).sum(-1)
-    mean_neurons = scaled_targets(traces.target("neurons", s.criterion), s.scale).mean(0)
+    mean_neurons = scaled_targets(traces.target("neurons", s.of_neurons), s.scale).mean(0)
     rng = torch.Generator().manual_seed(s.seed)
     rows: dict[str, list[torch.Tensor]] = {"open": [], "static": [], "random": [], "shadow": []}
     closed = []
