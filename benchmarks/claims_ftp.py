@@ -1,142 +1,315 @@
-"""FTP's small-scale claims on the frozen reference model: similarity first, then schedules and routers.
+"""FTP's claims at small scale, on a frozen reference model (docs/methods.md).
 
-    python benchmarks/claims_ftp.py [--quick] [--json PATH] [--gated build/reference/ftp]
+    python benchmarks/claims_ftp.py [--quick] [--json PATH] [--seeds 3] [--form causal|prompt] [--base examples/reference-dcp]
 
-Similarity: cosine of each block's input and output, all (token, block) pairs. Claim A: a searched schedule against a uniform
-one, static router. Claim C: static against random tokens at the same schedules; with ``--gated`` also the trained router
-against both at the sparsity that it achieves, block by block. KL(dense || routed) per token and held-out perplexity; the
-search's rows are training text. Claim B (four factors against hidden states) is not answered here.
+First the similarity of block inputs and outputs: where less than half of the pairs exceed 0.8 there is little to skip.
+A. A searched schedule loses less than a uniform one, static router, at sparsities that this model bears and at 20 %.
+B. A router of the four factors loses no more than one of hidden states with the same losses, steps and schedule.
+C. The static router loses less than random tokens, the trained router less than the static one, block by block as many.
+Besides: keys of skipped tokens kept or not, and whole blocks taken out (greedily, by KL on calibration rows) at equal FLOPs.
+
+Quality is KL(dense || routed) a token and perplexity of held-out rows; with ``--form prompt`` the first half of each row is the
+prompt: its tokens alone are routed and counted (blocks are taken out for them, but the last), and what follows is judged.
+Achieved sparsity and FLOPs are measured beside the target. A trained router skips what it likes, so it is also *matched*: one
+constant is added to all its outputs so that it skips the target's share of the judged rows, or computes the FLOPs of the
+blocks taken out. Results whose shares differ by more than 0.02, or that hardly skip, are not compared.
+Seeds change calibration rows, search, batches, router and chance.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
 from common import ROOT, environment, origin, publish, say
 
-SPARSITIES = (0.05, 0.1, 0.2, 0.3)
+SPARSITIES = (0.05, 0.1, 0.2)
+TRAINED = 0.1
+"""Target of the trained routers."""
+REMOVED = (1, 2)
+"""Blocks taken out; routing at equal FLOPs is searched for each."""
+CLOSE, COMPARABLE = 0.002, 0.02
+"""Of shares: how well a router is matched; how far apart two results may lie to be compared."""
+
+Row = dict[str, Any]
 
 
-def similarity(model: Any, ids: Any) -> dict[str, Any]:
-    """Share of pairs above 0.8 and the deciles, over all blocks and per block."""
-    import torch
+@dataclass(frozen=True)
+class Sizes:
+    """Of a run: rows of a judgement, and of the search; steps of the trainer None: the recipe's."""
 
-    found: list[torch.Tensor] = []
-
-    def look(_module: Any, args: Any, kwargs: Any, output: torch.Tensor) -> None:
-        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        found.append(torch.cosine_similarity(x.float(), output.float(), dim=-1).flatten())
-
-    hooks = [layer.register_forward_hook(look, with_kwargs=True) for layer in model.get_decoder().layers]
-    with torch.no_grad():
-        model.get_decoder()(input_ids=ids, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    every = torch.cat(found)
-    return {
-        "pairs": every.numel(), "share_above_0.8": float((every > 0.8).float().mean()),
-        "deciles": [round(float(q), 4) for q in every.quantile(torch.linspace(0.1, 0.9, 9))],
-        "share_above_0.8_per_block": [round(float((part > 0.8).float().mean()), 4) for part in found],
-    }  # fmt: skip
+    held: int = 16
+    calibration: int = 4
+    length: int = 256
+    population: int = 16
+    generations: int = 12
+    steps: int | None = None
+    halvings: int = 18
 
 
-def measure(gated: Any, ids: Any, dense: Any, decide: Any = None) -> dict[str, float]:
-    """KL(dense || routed), perplexity and the share of pairs skipped over rows ids [N, T]."""
-    import torch
+QUICK = Sizes(held=4, calibration=1, length=128, population=6, generations=2, steps=8, halvings=14)
 
-    kl = nll = skipped = 0.0
-    with torch.no_grad():
-        for row, log_p in zip(ids, dense, strict=True):
-            out = gated(row[None], "hard", strength=1.0, collect=False, decide=decide)
-            log_q = out.logits[0, :-1].float().log_softmax(-1)
-            kl += float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-            nll -= float(log_q.gather(1, row[1:, None]).mean())
-            skipped += 1.0 - float(torch.stack(out.runs).mean())
-    n = len(ids)
-    return {"kl": kl / n, "perplexity": float(torch.tensor(nll / n).exp()), "skipped": skipped / n}
+
+class Claims:
+    """All that one seed measures.
+
+    Args:
+        args: of the command line.
+        seed: from 1.
+    """
+
+    def __init__(self, args: argparse.Namespace, sizes: Sizes, seed: int) -> None:
+        import torch
+        from ftp_measure import Judge
+        from transformers import AutoTokenizer
+        from vllm_prune_training.ftp_search import Rows
+        from vllm_prune_training.recipe_file import read_recipe
+
+        self.sizes, self.seed, self.base, self.form = sizes, seed, args.base, args.form
+        name = "ftp-reference" if args.form == "causal" else "ftp-prompt-reference"
+        paths = {
+            kind: f'[{{"path": "{args.corpus}/{kind}.parquet", "format": "parquet"}}]' for kind in ("train", "held_out")
+        }
+        steps = [] if sizes.steps is None else [f"training.steps={sizes.steps}"]
+        self.recipe: Any = read_recipe(ROOT / f"examples/recipes/{name}.yaml", [
+            f"model={args.base}", f"data.train={paths['train']}", f"data.held_out={paths['held_out']}",
+            f"training.seed={seed}", f"objective.ftp.sparsity={TRAINED}", f"training.lengths={sizes.length}", *steps,
+        ])  # fmt: skip
+        self.tokenizer = AutoTokenizer.from_pretrained(args.base)
+        self.plain = {kv: self.model(kv, args.form) for kv in ("skip", "keep")}
+        count = sizes.calibration
+        every = self.rows("train", count * seed).ids[-count:]  # other rows for each seed
+        cut = torch.full((count,), sizes.length // 2) if args.form == "prompt" else None
+        self.held = Judge.of(self.plain["skip"], self.rows("held_out", sizes.held))
+        self.calibration = Judge.of(self.plain["skip"], Rows(every, cut))
+        self.found: dict[str, Row] = {}
+        self.plans: dict[str, list[float]] = {}
+
+    def rows(self, kind: str, count: int) -> Any:
+        import torch
+        from vllm_prune_training.ftp_search import Rows
+        from vllm_prune_training.text_data import held_out_windows
+
+        data = self.recipe.data.model_copy(update={"held_out": getattr(self.recipe.data, kind)})
+        ids = held_out_windows(data, self.tokenizer, self.sizes.length, count * self.sizes.length)
+        return Rows(ids, torch.full((count,), self.sizes.length // 2) if self.form == "prompt" else None)
+
+    def model(self, kv: str, form: str) -> Any:
+        """The base with fresh gates, for decisions that are given."""
+        import torch
+        from transformers import AutoModelForCausalLM
+        from vllm_prune_training.families import gate_shape
+        from vllm_prune_training.masked import GatedModel
+
+        from vllm_prune.config import DropGateConfig
+
+        model = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32).requires_grad_(False)
+        shape = gate_shape(model.config)
+        section = DropGateConfig(method="ftp", params={"kv": kv, "form": form}, num_layers=shape.num_layers,
+                                 num_kv_heads=shape.num_kv_heads, hidden_size=shape.hidden_size)  # fmt: skip
+        return GatedModel(model, section.build_gates(), section).eval()
+
+    def note(self, name: str, gated: Any, decide: Any = None, **more: Any) -> Row:
+        self.found[name] = row = {**self.held.measure(gated, decide), **more}
+        say(f"seed {self.seed} {name}: KL {row['kl']:.3f}, perplexity {row['perplexity']:.2f}, skipped {row['skipped']:.3f}, "
+            f"FLOPs {row['flops']:.3f}")  # fmt: skip
+        return row
+
+    def schedules(self, target: str, sparsity: float) -> None:
+        """Claims A and C without training, and what keeping keys changes."""
+        from vllm_prune_training.ftp import random_decisions, static_decisions
+        from vllm_prune_training.ftp_search import kl_cost, search, uniform_plan
+        from vllm_prune_training.recipe_ftp import FTPSearch
+
+        skip, keep = self.plain["skip"], self.plain["keep"]
+        options = FTPSearch(population=self.sizes.population, elite=max(1, self.sizes.population // 6))
+        uniform = uniform_plan(len(skip.gates), sparsity)
+        cost = kl_cost(skip, self.calibration.rows, trained=False)
+        searched, history = search(uniform, cost, options, self.sizes.generations, self.seed)
+        self.plans[target] = searched
+        for name, plan in (("uniform", uniform), ("searched", searched)):
+            more = {"target": sparsity, "plan": plan}
+            static = static_decisions(plan)
+            self.note(
+                f"{target} {name} static", skip, static, **more, **({"search": history} if name == "searched" else {})
+            )
+            self.note(f"{target} {name} random", skip, random_decisions(plan, self.seed), **more)
+            if name == "searched":
+                self.note(f"{target} {name} static, keys kept", keep, static, **more)
+
+    def blocks_out(self) -> dict[int, float]:
+        """The depth-pruned baseline; the mean sparsity at which uniform routing has its FLOPs, for each number of blocks."""
+        from ftp_measure import falling_at, removed_greedily, without
+        from vllm_prune_training.acc_profile import flops_share, layer_flops
+
+        whole = self.plain["skip"]
+        blocks = len(whole.gates)
+        order = removed_greedily(whole, self.calibration, max(REMOVED))
+        sizes = layer_flops(whole.config, self.sizes.length if self.form == "causal" else self.sizes.length // 2)
+        equal = {}
+        for count in REMOVED:
+            row = self.note(f"{count} blocks out", whole, without(set(order[:count])), removed=order[:count])
+
+            def share(sparsity: float) -> float:
+                return flops_share([1.0, *[1.0 - sparsity * blocks / (blocks - 1)] * (blocks - 1)], *sizes)
+
+            equal[count] = round(falling_at(share, row["flops"], 0.0, 0.8, 20), 4)
+        return equal
+
+    def routers(self) -> None:
+        """Claim B, the trained half of C, and a router trained with keys kept."""
+        from ftp_measure import falling_at
+        from ftp_routers import HiddenGate, train_router
+        from vllm_prune_training.ftp import random_decisions, static_decisions
+
+        from vllm_prune.gates import FTPGate
+
+        plan, form = self.plans[f"{TRAINED:g}"], {"params": {"form": self.form}}
+        kinds: dict[str, tuple[type[FTPGate], str]] = {
+            "four factors": (FTPGate, "skip"), "hidden states": (HiddenGate, "skip"),
+            "four factors, keys kept": (FTPGate, "keep"),
+        }  # fmt: skip
+        for name, (kind, kv) in kinds.items():
+            gate = self.recipe.gate.model_copy(update={"params": {**form["params"], "kv": kv}})
+            router = train_router(self.recipe.model_copy(update={"gate": gate}), self.tokenizer, plan, kind)
+
+            def at(metric: str, wanted: float, falls: bool, router: Any = router) -> Any:
+                """Decisions shifted to a share of the judged rows: fitted to the share, never to KL."""
+                sign = 1.0 if falls else -1.0
+                shift = falling_at(
+                    lambda x: sign * self.held.measure(router.gated, router.decide(x))[metric],
+                    sign * wanted, -20.0, 20.0, self.sizes.halvings, CLOSE,
+                )  # fmt: skip
+                return router.decide(shift), {"target": wanted, "shift": shift}
+
+            self.note(f"{name}, as trained", router.gated, router.decide(), target=TRAINED)
+            decide, more = at("skipped", TRAINED, falls=True)
+            achieved = self.note(f"{name}, matched", router.gated, decide, **more)["skipped_per_block"]
+            if kv == "skip":
+                self.note(f"static like {name}", self.plain["skip"], static_decisions(achieved))
+                self.note(f"random like {name}", self.plain["skip"], random_decisions(achieved, self.seed))
+            if name == "four factors":
+                for count in REMOVED:
+                    decide, more = at("flops", self.found[f"{count} blocks out"]["flops"], falls=False)
+                    self.note(f"{name} at the FLOPs of {count} blocks out", router.gated, decide, **more)
+
+    def run(self) -> dict[str, Row]:
+        """All rows by name."""
+        equal = self.blocks_out()
+        for sparsity in SPARSITIES:
+            self.schedules(f"{sparsity:g}", sparsity)
+        for count, sparsity in equal.items():
+            self.schedules(f"FLOPs of {count} blocks out", sparsity)
+        self.routers()
+        return self.found
+
+
+def claims_of(targets: list[str]) -> dict[str, tuple[str, str, str]]:
+    """Claim to (what should lose less, than what, which claim of docs/methods.md)."""
+    out = {f"searched over uniform, {t}": (f"{t} searched static", f"{t} uniform static", "A") for t in targets}
+    out |= {f"static over random, {t}": (f"{t} searched static", f"{t} searched random", "C") for t in targets}
+    out |= {f"keys kept over not, static, {t}": (f"{t} searched static, keys kept", f"{t} searched static", "KV")
+            for t in targets}  # fmt: skip
+    for how in ("as trained", "matched"):
+        out[f"four factors over hidden states, {how}"] = (f"four factors, {how}", f"hidden states, {how}", "B")
+        out[f"keys kept over not, router, {how}"] = (f"four factors, keys kept, {how}", f"four factors, {how}", "KV")
+    out["router over static"] = ("four factors, matched", "static like four factors", "C")
+    out["router over random"] = ("four factors, matched", "random like four factors", "C")
+    for count in REMOVED:
+        where, row = f"FLOPs of {count} blocks out", f"{count} blocks out"
+        out[f"searched static over {row}"] = (f"{where} searched static", row, "depth")
+        out[f"router over {row}"] = (f"four factors at the {where}", row, "depth")
+    return out
+
+
+def over(values: list[float]) -> dict[str, float | None]:
+    """Mean and standard deviation over seeds; the latter None of one."""
+    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+
+
+def summary(seeds: dict[int, dict[str, Row]], targets: list[str]) -> dict[str, Any]:
+    """Rows over seeds, and the claims as ratios of KL: met where the mean is below 1, None where the two skipped (for blocks
+    taken out: saved of the FLOPs) shares that are not comparable."""
+    runs = list(seeds.values())
+    metrics = ("target", "skipped", "flops", "kl", "perplexity")
+    rows = {name: {m: over([run[name][m] for run in runs]) for m in metrics if m in runs[0][name]} for name in runs[0]}
+    claims = {}
+    for name, (one, other, kind) in claims_of(targets).items():
+        shares = [
+            [1.0 - run[row]["flops"] if kind == "depth" else run[row]["skipped"] for row in (one, other)]
+            for run in runs
+        ]
+        alike = all(abs(a - b) <= COMPARABLE < min(a, b) for a, b in shares)
+        ratios = [run[one]["kl"] / run[other]["kl"] for run in runs if run[other]["kl"] > 1e-6]
+        ratio = over(ratios) if len(ratios) == len(runs) else None
+        met = None if ratio is None or not alike else bool(ratio["mean"] < 1.0)  # type: ignore[operator]
+        claims[name] = {"claim": kind, "kl_ratio": ratio, "shares": shares, "met": met}
+    return {"rows": rows, "claims": claims}
+
+
+def told(name: str, claim: dict[str, Any]) -> str:
+    """A claim in a line."""
+    shares = ", ".join(f"{one:.3f} and {other:.3f}" for one, other in claim["shares"])
+    verdict = {True: "met", False: "not met", None: f"not comparable ({shares})"}[claim["met"]]
+    ratio, spread = "no KL to compare with", ""
+    if claim["kl_ratio"] is not None:
+        std = claim["kl_ratio"]["std"]
+        ratio, spread = f"KL ratio {claim['kl_ratio']['mean']:.3f}", "" if std is None else f" +- {std:.3f}"
+    return f"{claim['claim']}: {name}: {ratio}{spread}, {verdict}"
 
 
 def main() -> None:
+    """See the module."""
     parser = argparse.ArgumentParser(description="FTP's claims on the reference model.")
     parser.add_argument("--json", metavar="PATH", help="write the result there ('-': standard output)")
-    parser.add_argument("--quick", action="store_true", help="less text, a smaller search")
+    parser.add_argument(
+        "--quick", action="store_true", help="few short rows and steps: shows that it runs, proves nothing"
+    )
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--base", default=str(ROOT / "build/reference/base"))
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default 3)")
+    parser.add_argument(
+        "--form", choices=("causal", "prompt"), default="causal", help="whose attention the router reads"
+    )
+    parser.add_argument("--base", default=str(ROOT / "examples/reference-dcp"), help="its gates, if any, are not read")
     parser.add_argument("--corpus", default=str(ROOT / "build/reference/corpus"))
-    parser.add_argument("--gated", help="folder of a trained FTP checkpoint of that base")
     args = parser.parse_args()
+    if args.seeds < 1:
+        parser.error("--seeds must be at least 1")
     environment(args.threads)
-    sys.path.insert(0, str(ROOT / "training"))
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from vllm_prune_training.data_recipe import Data, Source
-    from vllm_prune_training.families import gate_shape
-    from vllm_prune_training.ftp import random_decisions, schedule_of, static_decisions
-    from vllm_prune_training.ftp_search import kl_cost, search, uniform_plan
-    from vllm_prune_training.masked import GatedModel, load_gated
-    from vllm_prune_training.recipe_ftp import FTPSearch
-    from vllm_prune_training.text_data import held_out_windows
-
-    from vllm_prune.config import DropGateConfig
-    from vllm_prune.gates import FTPGate
+    from ftp_measure import similarity
 
     started = time.perf_counter()
     torch.set_num_threads(args.threads)
-    tokenizer = AutoTokenizer.from_pretrained(args.base)
-    sources = {kind: [Source(path=f"{args.corpus}/{kind}.parquet", format="parquet")] for kind in ("train", "held_out")}
-    rows, length = (4, 256) if args.quick else (16, 256)
-
-    def windows(kind: str, tokens: int) -> torch.Tensor:
-        data = Data(train=sources["train"], held_out=sources[kind], check="lazy")
-        return held_out_windows(data, tokenizer, length, tokens)
-
-    held, calibration = windows("held_out", rows * length), windows("train", (2 if args.quick else 4) * length)
-    model = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32).eval()
-    like = similarity(model, held)
-    say(f"cosine > 0.8 for {like['share_above_0.8']:.3f} of {like['pairs']} pairs")
-    shape = gate_shape(model.config)
-    section = DropGateConfig(method="ftp", num_layers=shape.num_layers, num_kv_heads=shape.num_kv_heads,
-                             hidden_size=shape.hidden_size)  # fmt: skip
-    gated = GatedModel(model, [FTPGate(shape) for _ in range(shape.num_layers)], section).eval()
-    with torch.no_grad():
-        dense = [gated(row, "open").logits[:-1].float().log_softmax(-1) for row in held]
-    nll = -sum(float(p.gather(1, row[1:, None]).mean()) for p, row in zip(dense, held, strict=True)) / len(held)
-    options = FTPSearch(population=8 if args.quick else 24, elite=2 if args.quick else 4)
-    generations = 4 if args.quick else 20
-    table: list[dict[str, Any]] = []
-    for sparsity in SPARSITIES[1:2] if args.quick else SPARSITIES:
-        uniform = uniform_plan(shape.num_layers, sparsity)
-        searched, history = search(uniform, kl_cost(gated, calibration, False), options, generations, 1)
-        for name, schedule in (("uniform", uniform), ("searched", searched)):
-            for router, decide in (("static", static_decisions(schedule)), ("random", random_decisions(schedule, 1))):
-                row = {"sparsity": sparsity, "schedule": name, "router": router, "plan": schedule,
-                       **measure(gated, held, dense, decide)}  # fmt: skip
-                if name == "searched" and router == "static":
-                    row["search_kl"] = history
-                table.append(row)
-                say(f"{sparsity:g} {name} {router}: KL {row['kl']:.3f}, perplexity {row['perplexity']:.2f}")
-    trained: dict[str, Any] = {}
-    if args.gated:
-        ftp = load_gated(args.gated, torch.float32)
-        trained["router"] = measure(ftp, held, dense)
-        with torch.no_grad():
-            runs = [torch.stack(ftp(row, "hard", strength=1.0, collect=False).runs).mean(-1) for row in held]
-        achieved = (1.0 - torch.stack(runs).mean(0)).tolist()
-        trained.update(plan=schedule_of(list(ftp.gates)), achieved=achieved,
-                       static=measure(gated, held, dense, static_decisions(achieved)),
-                       random=measure(gated, held, dense, random_decisions(achieved, 1)))  # fmt: skip
-        for name in ("router", "static", "random"):
-            say(f"trained plan, {name}: {trained[name]}")
+    sizes = QUICK if args.quick else Sizes()
+    found: dict[int, dict[str, Row]] = {}
+    like: dict[str, Any] = {}
+    dense = math.nan
+    for seed in range(1, args.seeds + 1):
+        claims = Claims(args, sizes, seed)
+        if not like:
+            like, dense = similarity(claims.plain["skip"].model, claims.held.rows.ids), claims.held.dense_perplexity()
+            say(
+                f"cosine > 0.8 for {like['share_above_0.8']:.3f} of {like['pairs']} pairs; dense perplexity {dense:.2f}"
+            )
+        found[seed] = claims.run()
+    targets = [*(f"{s:g}" for s in SPARSITIES), *(f"FLOPs of {count} blocks out" for count in REMOVED)]
+    result = summary(found, targets)
+    for name, claim in result["claims"].items():
+        say(told(name, claim))
     publish(args, {
-        "benchmark": "claims_ftp", "base": Path(args.base).name, "parameters": sum(p.numel() for p in model.parameters()),
-        "held_out_tokens": held.numel(), "length": length, "dense_perplexity": float(torch.tensor(nll).exp()),
-        "similarity": like, "static_routers": table, "trained": trained,
-        "search": {"population": options.population, "generations": generations, "tokens": calibration.numel()},
-        "quick": args.quick, **origin(args.threads, started),
+        "benchmark": "claims_ftp", "base": Path(args.base).name, "form": args.form, "held_out_tokens": sizes.held * sizes.length,
+        "sizes": sizes.__dict__, "recipe": claims.recipe.model_dump(by_alias=True), "dense_perplexity": dense,
+        "similarity": like, **result, "seeds": found, "quick": args.quick, **origin(args.threads, started),
     })  # fmt: skip
 
 

@@ -69,7 +69,10 @@ def load_ids(folder: Path) -> list[int]:
         ("gate.method=dms", r"Input should be"),
         ("shadow.samples=10000000", r"field 'shadow\.samples'"),
         ("shadow.criterion=snip", r"field 'shadow\.criterion'.*'plainact' or 'l2'"),
-        ("shadow.neuron_criterion=weight", r"shadow\.neuron_criterion belongs to shadow_token: shadow closes no neurons"),
+        (
+            "shadow.neuron_criterion=weight",
+            r"shadow\.neuron_criterion belongs to shadow_token: shadow closes no neurons",
+        ),
         ("shadow.steps=3", r"field 'shadow\.steps' is unknown; allowed here: batch, "),
         ("shadow.held_out=0.001", r"both sides need 2"),
         ("shadow.prompt=5000", r"the model has 4096 positions"),

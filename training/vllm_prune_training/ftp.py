@@ -68,12 +68,17 @@ class RouterPass:
         self._wanted: list[torch.Tensor] = []
         self._logits: list[torch.Tensor] = []
 
+    @staticmethod
+    def reads(routes: Routes) -> torch.Tensor:
+        """What routers decide from: [B, T, 3]."""
+        return routes.facts
+
     def __call__(self, layer: int, routes: Routes) -> torch.Tensor | None:
         gate = self.gates[layer]
         if gate.always_runs:
             return None
         wanted = gate.requirement(self.scale)
-        run, skip = gate.logits(routes.facts, wanted[:, None]).unbind(-1)
+        run, skip = gate.logits(self.reads(routes), wanted[:, None]).unbind(-1)
         logit = run - skip
         noisy = logit if self.noise is None else logit + next(self.noise)[..., 0]
         soft = torch.sigmoid(noisy / self.tau)

@@ -62,7 +62,8 @@ def check_data(recipe: Recipe | ShadowRecipe) -> list[dict[str, Any]]:
     return found
 
 
-def _arguments(recipe: Recipe, work: Path, extra: dict[str, Any]) -> TrainingArguments:
+def training_arguments(recipe: Recipe, work: Path, extra: dict[str, Any]) -> TrainingArguments:
+    """Of the Hugging Face Trainer; ``extra`` has the last word."""
     t = recipe.training
     try:
         import tensorboard  # noqa: F401
@@ -132,7 +133,7 @@ def run(
     last = _start(recipe, resume, data)
     output, work = Path(recipe.output), Path(recipe.work_folder)
     longest = max(length for _, length in recipe.training.phases)
-    arguments = _arguments(recipe, work, extra_arguments or {})
+    arguments = training_arguments(recipe, work, extra_arguments or {})
     tokenizer = make_tokenizer(recipe, longest)
     prompts = recipe.told_prompts if recipe.whole_prompts else None
     batches = Batches(recipe.data, recipe.training, tokenizer, recipe.objective.answer_weight, prompts)
