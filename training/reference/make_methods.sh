@@ -6,7 +6,7 @@
 set -eu
 base=${1:-examples/reference-dcp}
 out=${2:-build/reference}
-[ $# -gt 2 ] && shift 2 || set -- ftp ltp-prompt acc-prompt ltp acc shadow
+[ $# -gt 2 ] && shift 2 || set -- ftp ltp-prompt acc-prompt ltp acc shadow ftp-prompt
 for name in "$@"; do
     [ -f "$out/$name/config.json" ] && continue
     "${BIN:-.venv/bin}/vllm-prune" train "examples/recipes/$name-reference.yaml" --set model="$base" --set output="$out/$name" \

@@ -98,6 +98,12 @@ class RouterPass:
         assert self._routes is not None
         return 1.0 - self._routes.share(torch.stack(self.runs))
 
+    def skipped_everywhere(self) -> torch.Tensor:
+        """Share of tokens that were skipped, mean over rows and all blocks, those that always run too. No gradient."""
+        if self._routes is None:
+            return torch.zeros(())
+        return 1.0 - self._routes.share(torch.stack(self._routes.kept)).detach().mean()
+
     def sparsity_loss(self) -> torch.Tensor:
         """L_s: sum over blocks, mean over rows."""
         if self._routes is None:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from .ftp import RouterPass, row_scales
 from .masked import GatedModel, GatedOutput, Mode, Perturb
+from .prompt_recipe import PROMPT_METHODS
 from .recipe import Recipe
 
 ROWS = 4096
@@ -257,8 +258,8 @@ class TrainedModel(nn.Module):
                 assert self._router is not None and self.recipe.objective.ftp is not None
                 short, guide = self._router.sparsity_loss(), self._router.guide_loss()
                 budget = self.recipe.objective.ftp.sparsity_weight * short + knobs[1] * guide
-                runs = torch.stack(out.runs).mean()
-                result.update(short=short.detach(), guide=guide.detach(), skipped=1.0 - runs)
+                skipped = self._router.skipped_everywhere()
+                result.update(short=short.detach(), guide=guide.detach(), skipped=skipped)
         return {"text_loss": loss, "budget": budget, **result}
 
     def dense(self, ids: torch.Tensor) -> torch.Tensor:
@@ -273,8 +274,9 @@ class TrainedModel(nn.Module):
         """Sum of the next-token losses of ids [B, T] (``nll``) over ``tokens`` tokens and, gated, the mean share of past
         pairs kept (``kept``).
 
-        Soft mode is at the temperature of the moment and without noise. With prompt gates the first half of the tokens is
-        the prompt: losses are those of the second half in every mode, and kept is the share of (prompt token, layer) pairs.
+        Soft mode is at the temperature of the moment and without noise. With gates that decide about whole prompts the first
+        half of the tokens is the prompt: losses are those of the second half in every mode, and kept is the share of (prompt
+        token, layer) pairs.
         """
         prompt = max(1, ids.shape[1] // 2) if self.recipe.whole_prompts else 1
         told: dict[str, Any] = {"prompt": prompt} if self.recipe.whole_prompts else {}
@@ -285,7 +287,7 @@ class TrainedModel(nn.Module):
             else:
                 out = (
                     self.soft(ids, knobs, None, **told)
-                    if mode == "soft" and knobs is not None and self.method not in ("ltp", "ltp_prompt", "acc_prompt")
+                    if mode == "soft" and knobs is not None and self.method not in ("ltp", *PROMPT_METHODS)
                     else self.gated(ids, mode, **told, **self.at(mode))
                 )
                 logits = out.logits

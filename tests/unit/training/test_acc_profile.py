@@ -104,7 +104,11 @@ def recipe(method: str, **changed: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("method", "changed", "said"),
     [
-        ("dcp", {"prompts": {"share": [0.2, 0.4]}}, "belongs to ltp_prompt and acc_prompt"),
+        (
+            "dcp",
+            {"prompts": {"share": [0.2, 0.4]}},
+            "belongs to ltp_prompt, acc_prompt and ftp with params.form prompt, not to dcp",
+        ),
         ("ltp_prompt", {"prompts": {"strengths": [1.0, 2.0]}}, "prompts.strengths belongs to acc_prompt"),
         ("acc_prompt", {"prompts": {"hard_from": 0.5}}, "prompts.hard_from belongs to ltp_prompt"),
         ("acc_prompt", {"prompts": {"strengths": [2.0, 1.0]}}, "strengths must be"),

@@ -135,6 +135,7 @@ def test_losses_are_about_the_prompts_tokens(ids: torch.Tensor) -> None:
     runs = torch.stack(out.runs[1:])
     skipped = torch.stack([1.0 - runs[:, i, :p].mean(-1) for i, p in enumerate(prompt.tolist())], dim=1)
     torch.testing.assert_close(made.skipped(), skipped)
+    torch.testing.assert_close(made.skipped_everywhere(), skipped.sum(0).mean() / LAYERS)
     wanted = torch.tensor(SCHEDULE)[:, None] * torch.tensor([1.0, 1.1])
     torch.testing.assert_close(made.sparsity_loss(), (wanted - skipped).clamp_min(0).sum(0).mean())
     guide = []
