@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from vllm_prune.gates import GATES, ACCGate, DCPGate, DMSGate, FTPGate, Gate, Ga
 from vllm_prune.gates.ftp import share_router
 
 VOCAB = 512
+RECORD = {"additional_config": {"vllm_prune": {"record": True}}}
+"""Options of an engine that remembers the expiry of every key."""
 
 
 def tiny_config(
@@ -175,6 +177,25 @@ def generate(llm: Any, batch: list[dict[str, list[int]]], tokens: int = 24) -> l
 
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
     return llm.generate(batch, params, use_tqdm=False)
+
+
+PROMPT_LENGTHS = [1, 2, 31, 32, 33, 100, 257, 64]
+
+
+def alone_and_in_a_batch(llm: Any, check: Callable[[list[Any]], None], layers: int) -> dict[str, Any]:
+    """Prompts of ``PROMPT_LENGTHS``, some of them alone first, with ``check`` of what comes back, and the pool whole after it.
+    Returns what the longest one held."""
+    batch = prompts(PROMPT_LENGTHS, seed=4)
+    alone = [generate(llm, [prompt], tokens=12)[0] for prompt in batch[4:7]]
+    check(alone)
+    outputs = generate(llm, batch, tokens=12)
+    check(outputs)
+    assert token_ids(alone) == token_ids(outputs[4:7])
+    generate(llm, prompts([3]), tokens=2)
+    assert pool_is_whole(llm)
+    held: dict[str, Any] = outputs[6].kv_transfer_params["vllm_prune"]
+    assert held["keys_held"] + held["keys_dropped"] == held["tokens"] * layers
+    return held
 
 
 def token_ids(outputs: list[Any]) -> list[list[int]]:

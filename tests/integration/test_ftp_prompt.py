@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from support import (
+    RECORD,
+    alone_and_in_a_batch,
     engine,
     ftp_gates,
     generate,
@@ -28,8 +30,6 @@ from vllm_prune.checkpoint import add_gates
 from vllm_prune.gates import NEVER, GateShape
 
 LAYERS = 4
-RECORD = {"additional_config": {"vllm_prune": {"record": True}}}
-LENGTHS = [1, 2, 31, 32, 33, 100, 257, 64]
 
 
 def save_ftp(folder: Path, family: str, dtype: torch.dtype, layers: int, bias: float = 0.0, **params: str) -> Path:
@@ -80,15 +80,7 @@ def check(made, llm, outputs) -> None:
 
 def test_alone_and_in_a_batch(made):
     with engine(made[0], **RECORD) as llm:
-        alone = [generate(llm, [prompt], tokens=12)[0] for prompt in prompts(LENGTHS, seed=4)[4:7]]
-        check(made, llm, alone)
-        outputs = generate(llm, prompts(LENGTHS, seed=4), tokens=12)
-        check(made, llm, outputs)
-        assert token_ids(alone) == token_ids(outputs[4:7])
-        generate(llm, prompts([3]), tokens=2)
-        assert pool_is_whole(llm)
-        held = outputs[6].kv_transfer_params["vllm_prune"]
-        assert held["keys_held"] + held["keys_dropped"] == held["tokens"] * LAYERS
+        alone_and_in_a_batch(llm, lambda outputs: check(made, llm, outputs), LAYERS)
 
 
 def test_after_preemption(made):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support import (
+    RECORD,
     engine,
     generate,
     pool_is_whole,
@@ -29,7 +30,6 @@ from vllm_prune.checkpoint import add_gates
 from vllm_prune.gates import GATES, NEVER
 from vllm_prune.gates.borrowed import borrow
 
-RECORD = {"additional_config": {"vllm_prune": {"record": True}}}
 METHODS = {
     "dcp": {"beta": 3.6},
     "dcp_kv_head": {"beta": 3.6, "scope": "kv_head"},

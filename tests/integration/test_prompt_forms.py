@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 import torch
 from support import (
+    PROMPT_LENGTHS,
+    RECORD,
+    alone_and_in_a_batch,
     engine,
     generate,
     pool_is_whole,
@@ -29,8 +32,6 @@ from vllm_prune.checkpoint import add_gates
 from vllm_prune.gates import GATES, NEVER, ACCPromptGate, GateShape, LTPPromptGate
 
 LAYERS = 4
-RECORD = {"additional_config": {"vllm_prune": {"record": True}}}
-LENGTHS = [1, 2, 31, 32, 33, 100, 257, 64]
 
 
 def save_prompt_gated(folder: Path, family: str, method: str, strong: float = 1.0, **section: Any) -> Path:
@@ -76,15 +77,7 @@ def check(made, llm, outputs) -> None:
 
 def test_alone_and_in_a_batch(made):
     with engine(made[0], **RECORD) as llm:
-        alone = [generate(llm, [prompt], tokens=12)[0] for prompt in prompts(LENGTHS, seed=4)[4:7]]
-        check(made, llm, alone)
-        outputs = generate(llm, prompts(LENGTHS, seed=4), tokens=12)
-        check(made, llm, outputs)
-        assert token_ids(alone) == token_ids(outputs[4:7])
-        generate(llm, prompts([3]), tokens=2)
-        assert pool_is_whole(llm)
-        held = outputs[6].kv_transfer_params["vllm_prune"]
-        assert held["keys_held"] + held["keys_dropped"] == held["tokens"] * LAYERS
+        held = alone_and_in_a_batch(llm, lambda outputs: check(made, llm, outputs), LAYERS)
         assert held["blocks_held"] < held["blocks_dense"]
 
 
@@ -116,7 +109,7 @@ def test_open_gates_are_stock_vllm(method, tmp_path):
         (save_prompt_gated(tmp_path / "zero", "qwen3", method, strength=0.0), {"dtype": "bfloat16"}),
     ):
         with engine(folder, enable_chunked_prefill=False, **options) as llm:
-            found.append(token_ids(generate(llm, prompts(LENGTHS, seed=2), tokens=16)))
+            found.append(token_ids(generate(llm, prompts(PROMPT_LENGTHS, seed=2), tokens=16)))
             assert pool_is_whole(llm)
     assert found[0] == found[1] == found[2]
     assert len({tuple(tokens) for tokens in found[0]}) > 4
