@@ -31,6 +31,9 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/capacity.py --json benchmarks/results/capacity.json
 	$(BIN)/python benchmarks/decode.py --json benchmarks/results/decode.json
 	$(BIN)/python benchmarks/overhead.py --json benchmarks/results/overhead.json
+	$(BIN)/python benchmarks/ftp.py --json benchmarks/results/ftp.json
+	$(BIN)/python benchmarks/prompt_forms.py --json benchmarks/results/prompt-forms.json
+	$(BIN)/python benchmarks/shadow.py --json benchmarks/results/shadow.json
 
 # An environment of its own for kvpress (benchmarks/baselines/press.py), which wants an older transformers.
 BASELINES := .venv-baselines
