@@ -10,7 +10,7 @@ export VLLM_NO_USAGE_STATS = 1
 # Test processes, each on a core and with up to 4 GiB.
 WORKERS ?= 2
 
-.PHONY: demo test lint format clean reference bench baselines quality claims
+.PHONY: demo test lint format clean reference bench baselines quality claims gpu-flow gpu-bench
 
 demo: $(STAMP)
 	$(BIN)/vllm-prune demo
@@ -34,6 +34,20 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/ftp.py --json benchmarks/results/ftp.json
 	$(BIN)/python benchmarks/prompt_forms.py --json benchmarks/results/prompt-forms.json
 	$(BIN)/python benchmarks/shadow.py --json benchmarks/results/shadow.json
+
+# The serve path on a GPU, start to end; with NULLGPU=DIR (whose run.sh brings a stand-in for a GPU) on a machine without one.
+# CASES="dcp,v2,graphs ..." for some of them.
+gpu-flow: $(STAMP)
+	rm -rf build/entry && mkdir -p build/entry
+	cp -r $(VENV)/lib/python*/site-packages/vllm_prune-*.dist-info build/entry/
+	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/training:$(CURDIR)/build/entry \
+	    $(if $(NULLGPU),bash $(NULLGPU)/run.sh tests/gpu/flow.py --null,$(BIN)/python tests/gpu/flow.py) $(CASES)
+
+# On a GPU: against stock vLLM with FlashAttention.
+gpu-bench: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py --shape qwen3-8b --variants drop,stock --decode 512x8,8192x8,32768x8,40000x8 \
+	    --first 8192,32768 --scarce 8192x40 --max-num-seqs 48 --new-tokens 64 --json benchmarks/results/gpu-qwen3-8b.json
+	$(BIN)/python benchmarks/gpu_kernels.py --sweep --json benchmarks/results/gpu-kernels.json
 
 # An environment of its own for kvpress (benchmarks/baselines/press.py), which wants an older transformers.
 BASELINES := .venv-baselines

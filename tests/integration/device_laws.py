@@ -1,6 +1,6 @@
 """What serves on a GPU, on the CPU: vLLM's engine with our CUDA backend, whose kernels run under Triton's interpreter.
 
-Collected by ``test_device_path.py`` alone, in a process of its own: the interpreter must be chosen before anything imports Triton.
+Collected by ``test_device_path.py`` alone, in a process of its own: the interpreter is chosen before Triton is imported.
 """
 
 from __future__ import annotations
