@@ -180,7 +180,7 @@ def main() -> None:
     if options.quick:
         steps, seeds, blocks, tasks = 10, seeds[:1], 8, 2
         options.work = options.work / "quick"
-    corpus = load_corpus(options.corpus)
+    corpus = load_corpus(options.corpus, options.base)
     rows = {str(seed): one_seed(seed, options.base, options.corpus, corpus, options.work, steps, blocks, tasks)
             for seed in seeds}  # fmt: skip
     values = {"base": str(options.base), "length": T, "steps": steps, "batch_tokens": 4096,

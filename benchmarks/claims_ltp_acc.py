@@ -157,7 +157,7 @@ def main() -> None:
     blocks, tasks = 8, 4
     if options.quick:
         options.steps, blocks, tasks, options.work = 6, 2, 1, options.work / "quick"
-    corpus = load_corpus(options.corpus)
+    corpus = load_corpus(options.corpus, options.base)
     values = {"base": str(options.base), "length": T, "steps": options.steps, "batch_tokens": 2048, "windows": blocks,
               "recall_texts": tasks, "untrained": untrained(options, corpus, blocks),
               "trained": trained(options, corpus, blocks, tasks)}  # fmt: skip

@@ -148,7 +148,7 @@ def main() -> None:
     windows = 8
     if options.quick:
         options.steps, windows, options.work = 6, 2, options.work / "quick"
-    corpus = load_corpus(options.corpus)
+    corpus = load_corpus(options.corpus, options.base)
     ids, text = held_out_blocks(corpus, T, windows), held_out_blocks(corpus, T, 2 * windows)[1::2]
     found: dict[str, Any] = {"untrained": untrained(options.base, text, ids)}
     if not options.untrained:

@@ -212,7 +212,7 @@ def main() -> None:
     if options.quick:
         plan = CasePlan(tokens=512, texts=2, continuation=32, tasks=1, questions=2, names=("niah_single_1",))
         keeps, rounds, steps = keeps[:1], 1, 2
-    cases = make_cases(load_corpus(options.corpus), plan)
+    cases = make_cases(load_corpus(options.corpus, options.base), plan)
     test = [case for case in cases if case.split == "test"]
     calibration = [case for case in cases if case.split == "calibration"]
     longest = plan.tokens + 256

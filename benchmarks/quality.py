@@ -34,7 +34,7 @@ from baselines.case_file import Case, Row, save_cases
 from baselines.cases import CasePlan, make_cases
 from baselines.table import as_json, markdown, plot, summarize
 from common import origin
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 from vllm_prune_training.packing import Corpus, load_corpus
 
@@ -113,10 +113,10 @@ def open_corpus(folder: Path, model: Path, plan: CasePlan) -> Corpus:
     """
     if not (folder / "corpus.json").is_file():
         raise PruneError(f"there is no corpus in {folder}.", "`make reference` builds it; or give --corpus.")
-    corpus = load_corpus(folder)
-    if PreTrainedTokenizerFast.from_pretrained(model).get_vocab() != corpus.tokenizer.get_vocab():
-        raise PruneError(f"{model} has another tokenizer than the corpus in {folder}.",
-                         "Give the corpus that the model was trained on.")  # fmt: skip
+    try:
+        corpus = load_corpus(folder, model)
+    except ValueError as error:
+        raise PruneError(f"{model} has another tokenizer than the corpus in {folder}.", str(error)) from None
     longest = AutoConfig.from_pretrained(model).max_position_embeddings
     need = plan.tokens + plan.continuation
     if need > longest:

@@ -71,10 +71,11 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096], help="of the tasks")
     parser.add_argument("--samples", type=int, default=16, help="of each task and length")
     options = parser.parse_args()
-    started, corpus = time.perf_counter(), load_corpus(options.corpus)
+    started = time.perf_counter()
     rows: dict[str, Any] = {}
     for item in options.folders:
         name, _, folder = item.partition("=")
+        corpus = load_corpus(options.corpus, Path(folder))
         rows[name] = measure(Path(folder), corpus, options.length, options.windows, options.lengths, options.samples)
         print(name, json.dumps(rows[name]), flush=True)
     result = {"length": options.length, "windows": options.windows, "samples": options.samples, "rows": rows,

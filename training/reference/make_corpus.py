@@ -63,8 +63,9 @@ def main() -> None:
     """Writes ``train.parquet`` and ``held_out.parquet`` into the corpus folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--corpus", type=Path, default=Path("build/reference/corpus"), help="corpus cache")
+    parser.add_argument("--model", type=Path, help="a model folder whose tokenizer encodes a new corpus")
     options = parser.parse_args()
-    corpus = build_corpus(options.corpus)
+    corpus = build_corpus(options.corpus, model=options.model)
     documents = sorted(data.read_documents(data.find_sources()), key=lambda document: document.sha256)
     same = data.corpus_hash(documents) == corpus.record["data_hash"]
     counts = {}

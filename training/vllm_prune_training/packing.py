@@ -37,10 +37,15 @@ class Corpus:
         return (self.folder / f"filler_{split}.txt").read_text(encoding="utf-8").splitlines(keepends=True)
 
 
-def build_corpus(folder: Path, vocab_size: int = 4096) -> Corpus:
-    """Builds the corpus cache in ``folder`` from the installed packages, or loads it when complete."""
+def build_corpus(folder: Path, vocab_size: int = 4096, model: Path | None = None) -> Corpus:
+    """Builds the corpus cache in ``folder`` from the installed packages, or loads it when complete.
+
+    Args:
+        vocab_size: of the tokenizer that is trained for it.
+        model: a model folder whose tokenizer is taken instead.
+    """
     if (folder / "corpus.json").exists():
-        return load_corpus(folder)
+        return load_corpus(folder, model)
     folder.mkdir(parents=True, exist_ok=True)
     sources = data.find_sources()
     documents = sorted(data.read_documents(sources), key=lambda document: document.sha256)
@@ -49,7 +54,10 @@ def build_corpus(folder: Path, vocab_size: int = 4096) -> Corpus:
         "train": [d.text for d in documents if not data.is_held_out(d.sha256)],
         "held_out": [d.text for d in documents if data.is_held_out(d.sha256)],
     }
-    tokenizer = train_tokenizer(_up_to(splits["train"], TOKENIZER_CHARS), vocab_size)
+    if model is None:
+        tokenizer = train_tokenizer(_up_to(splits["train"], TOKENIZER_CHARS), vocab_size)
+    else:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
     tokenizer.save_pretrained(folder / "tokenizer")
     for split, texts in splits.items():
         record[f"{split}_tokens"] = write_tokens(folder / f"{split}.bin", texts, tokenizer)
@@ -59,9 +67,24 @@ def build_corpus(folder: Path, vocab_size: int = 4096) -> Corpus:
     return load_corpus(folder)
 
 
-def load_corpus(folder: Path) -> Corpus:
-    """Loads a corpus cache that ``build_corpus`` wrote."""
+def load_corpus(folder: Path, model: Path | None = None) -> Corpus:
+    """Loads a corpus cache that ``build_corpus`` wrote.
+
+    Args:
+        model: a model folder that will be given the corpus's tokens.
+
+    Raises:
+        ValueError: the model has another tokenizer: the tokens would be noise to it.
+    """
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
+    if model is not None:
+        other = PreTrainedTokenizerFast.from_pretrained(model)
+        texts = ["def f(x):\n    return x + 1\n", "The quick brown fox, 0123456789."]
+        if other.get_vocab() != tokenizer.get_vocab() or any(other.encode(t) != tokenizer.encode(t) for t in texts):
+            raise ValueError(
+                f"the tokens in {folder} were made by another tokenizer than that of {model}; make a corpus for it: "
+                f"python training/reference/make_corpus.py --corpus NEW --model {model}"
+            )
     return Corpus(folder, tokenizer, json.loads((folder / "corpus.json").read_text()))
 
 

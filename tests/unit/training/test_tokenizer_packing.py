@@ -88,3 +88,11 @@ def test_held_out_blocks(corpus: Corpus) -> None:
     blocks = held_out_blocks(corpus, 64, 5)
     assert blocks.shape == (5, 64)
     assert (blocks[:, 0] == corpus.tokenizer.bos_token_id).all()
+
+
+def test_a_model_of_another_tokenizer_is_refused(corpus: Corpus, tmp_path: Path) -> None:
+    corpus.tokenizer.save_pretrained(tmp_path / "same")
+    assert load_corpus(corpus.folder, tmp_path / "same").record == {}
+    train_tokenizer([TEXT] * 20, vocab_size=320).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"another tokenizer.*make_corpus\.py --corpus NEW --model"):
+        load_corpus(corpus.folder, tmp_path / "other")
