@@ -93,6 +93,6 @@ def test_held_out_blocks(corpus: Corpus) -> None:
 def test_a_model_of_another_tokenizer_is_refused(corpus: Corpus, tmp_path: Path) -> None:
     corpus.tokenizer.save_pretrained(tmp_path / "same")
     assert load_corpus(corpus.folder, tmp_path / "same").record == {}
-    train_tokenizer([TEXT] * 20, vocab_size=320).save_pretrained(tmp_path / "other")
+    train_tokenizer(["while True: pass\n"] * 20, vocab_size=330).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=r"another tokenizer.*make_corpus\.py --corpus NEW --model"):
         load_corpus(corpus.folder, tmp_path / "other")
