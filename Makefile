@@ -10,7 +10,7 @@ export VLLM_NO_USAGE_STATS = 1
 # Test processes, each on a core and with up to 4 GiB.
 WORKERS ?= 2
 
-.PHONY: demo test lint format clean reference bench baselines quality claims gpu-flow gpu-bench
+.PHONY: demo test lint format clean reference bench baselines quality claims gpu-flow gpu-test gpu-bench
 
 demo: $(STAMP)
 	$(BIN)/vllm-prune demo
@@ -42,6 +42,14 @@ gpu-flow: $(STAMP)
 	cp -r $(VENV)/lib/python*/site-packages/vllm_prune-*.dist-info build/entry/
 	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/training:$(CURDIR)/build/entry \
 	    $(if $(NULLGPU),bash $(NULLGPU)/run.sh tests/gpu/flow.py --null,$(BIN)/python tests/gpu/flow.py) $(CASES)
+
+# On a GPU: kernels against their twins, laws 1 and 2, then half an hour of mixed load.
+gpu-test: $(STAMP)
+	mkdir -p build
+	cd tests/unit/kernels && ../../../$(BIN)/python -m pytest -n 4 -p no:cacheprovider -o python_files='kernel_*.py' .
+	$(BIN)/python -m pytest -n 4 --junitxml build/gpu-test.xml tests/gpu tests/integration/test_device_path.py \
+	    tests/integration/test_law2_drop_sets.py -k "not borrowed and not ftp and not shadow and not ltp and not acc"
+	$(BIN)/python tests/gpu/soak.py --minutes 30 --json build/gpu-soak.json
 
 # On a GPU: against stock vLLM with FlashAttention.
 gpu-bench: $(STAMP)
