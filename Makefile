@@ -10,7 +10,7 @@ export VLLM_NO_USAGE_STATS = 1
 # Test processes, each on a core and with up to 4 GiB.
 WORKERS ?= 2
 
-.PHONY: demo test lint format clean reference bench baselines quality claims gpu-flow gpu-test gpu-bench
+.PHONY: demo test lint format clean reference bench baselines quality claims gpu-here gpu-flow gpu-test gpu-bench
 
 demo: $(STAMP)
 	$(BIN)/vllm-prune demo
@@ -35,27 +35,37 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/prompt_forms.py --json benchmarks/results/prompt-forms.json
 	$(BIN)/python benchmarks/shadow.py --json benchmarks/results/shadow.json
 
+# The Python that has vLLM for CUDA and, by `pip install -e '.[dev]'`, this plugin: $(VENV) has vLLM for CPUs.
+GPU_PYTHON ?= python3
+gpu-here:
+	@$(GPU_PYTHON) -c "import torch, sys; torch.cuda.is_available() or sys.exit('no GPU, or no vLLM for CUDA: give GPU_PYTHON')"
+
 # The serve path on a GPU, start to end; with NULLGPU=DIR (whose run.sh brings a stand-in for a GPU) on a machine without one.
 # CASES="dcp,v2,graphs ..." for some of them.
+ifdef NULLGPU
 gpu-flow: $(STAMP)
 	rm -rf build/entry && mkdir -p build/entry
 	cp -r $(VENV)/lib/python*/site-packages/vllm_prune-*.dist-info build/entry/
 	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/training:$(CURDIR)/build/entry \
-	    $(if $(NULLGPU),bash $(NULLGPU)/run.sh tests/gpu/flow.py --null,$(BIN)/python tests/gpu/flow.py) $(CASES)
+	    bash $(NULLGPU)/run.sh tests/gpu/flow.py --null $(CASES)
+else
+gpu-flow: gpu-here
+	$(GPU_PYTHON) tests/gpu/flow.py $(CASES)
+endif
 
 # On a GPU: kernels against their twins, laws 1 and 2, then half an hour of mixed load.
-gpu-test: $(STAMP)
+gpu-test: gpu-here
 	mkdir -p build
-	cd tests/unit/kernels && ../../../$(BIN)/python -m pytest -n 4 -p no:cacheprovider -o python_files='kernel_*.py' .
-	$(BIN)/python -m pytest -n 4 --junitxml build/gpu-test.xml tests/gpu tests/integration/test_device_path.py \
+	cd tests/unit/kernels && $(GPU_PYTHON) -m pytest -n 4 -p no:cacheprovider -o python_files='kernel_*.py' .
+	$(GPU_PYTHON) -m pytest -n 4 --junitxml build/gpu-test.xml tests/gpu tests/integration/test_device_path.py \
 	    tests/integration/test_law2_drop_sets.py -k "not borrowed and not ftp and not shadow and not ltp and not acc"
-	$(BIN)/python tests/gpu/soak.py --minutes 30 --json build/gpu-soak.json
+	$(GPU_PYTHON) tests/gpu/soak.py --minutes 30 --json build/gpu-soak.json
 
 # On a GPU: against stock vLLM with FlashAttention.
-gpu-bench: $(STAMP)
-	$(BIN)/python benchmarks/gpu.py --shape qwen3-8b --variants drop,stock --decode 512x8,8192x8,32768x8,40000x8 \
+gpu-bench: gpu-here
+	$(GPU_PYTHON) benchmarks/gpu.py --shape qwen3-8b --variants drop,stock --decode 512x8,8192x8,32768x8,40000x8 \
 	    --first 8192,32768 --scarce 8192x40 --max-num-seqs 48 --new-tokens 64 --json benchmarks/results/gpu-qwen3-8b.json
-	$(BIN)/python benchmarks/gpu_kernels.py --sweep --json benchmarks/results/gpu-kernels.json
+	$(GPU_PYTHON) benchmarks/gpu_kernels.py --sweep --json benchmarks/results/gpu-kernels.json
 
 # An environment of its own for kvpress (benchmarks/baselines/press.py), which wants an older transformers.
 BASELINES := .venv-baselines

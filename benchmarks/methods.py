@@ -212,7 +212,8 @@ def main() -> None:
     if options.quick:
         plan = CasePlan(tokens=512, texts=2, continuation=32, tasks=1, questions=2, names=("niah_single_1",))
         keeps, rounds, steps = keeps[:1], 1, 2
-    cases = make_cases(load_corpus(options.corpus, options.base), plan)
+    folders = [(name, Path(folder)) for name, _, folder in (item.partition("=") for item in options.gated)]
+    cases = make_cases(load_corpus(options.corpus, options.base, *(folder for _, folder in folders)), plan)
     test = [case for case in cases if case.split == "test"]
     calibration = [case for case in cases if case.split == "calibration"]
     longest = plan.tokens + 256
@@ -221,13 +222,12 @@ def main() -> None:
     dense = run_cases(stock, test)
     points = [Point("dense", 1.0, 0.0, ratio=1.0, **dense)]
     failed: dict[str, str] = {}
-    for item in options.gated:
-        name, _, folder = item.partition("=")
+    for name, folder in folders:
         for keep in keeps:
             try:
-                strength = fit(runner, Path(folder), shape, keep, calibration, steps)
-                engine = runner.engine(Path(folder), shape, strength)
-                found = run_cases(engine, test, skips(Path(folder)))
+                strength = fit(runner, folder, shape, keep, calibration, steps)
+                engine = runner.engine(folder, shape, strength)
+                found = run_cases(engine, test, skips(folder))
                 prefill, decode = speed(stock, engine, plan.tokens, rounds)
                 engine.close()
             except Exception as error:  # one method must not cost the others their numbers

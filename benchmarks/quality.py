@@ -113,10 +113,7 @@ def open_corpus(folder: Path, model: Path, plan: CasePlan) -> Corpus:
     """
     if not (folder / "corpus.json").is_file():
         raise PruneError(f"there is no corpus in {folder}.", "`make reference` builds it; or give --corpus.")
-    try:
-        corpus = load_corpus(folder, model)
-    except ValueError as error:
-        raise PruneError(f"{model} has another tokenizer than the corpus in {folder}.", str(error)) from None
+    corpus = load_corpus(folder, model)
     longest = AutoConfig.from_pretrained(model).max_position_embeddings
     need = plan.tokens + plan.continuation
     if need > longest:

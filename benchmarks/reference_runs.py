@@ -72,11 +72,11 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16, help="of each task and length")
     options = parser.parse_args()
     started = time.perf_counter()
+    folders = {name: Path(folder) for name, _, folder in (item.partition("=") for item in options.folders)}
+    corpus = load_corpus(options.corpus, *folders.values())
     rows: dict[str, Any] = {}
-    for item in options.folders:
-        name, _, folder = item.partition("=")
-        corpus = load_corpus(options.corpus, Path(folder))
-        rows[name] = measure(Path(folder), corpus, options.length, options.windows, options.lengths, options.samples)
+    for name, folder in folders.items():
+        rows[name] = measure(folder, corpus, options.length, options.windows, options.lengths, options.samples)
         print(name, json.dumps(rows[name]), flush=True)
     result = {"length": options.length, "windows": options.windows, "samples": options.samples, "rows": rows,
               **origin(torch.get_num_threads(), started)}  # fmt: skip

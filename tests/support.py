@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +21,22 @@ from vllm_prune.gates import GATES, ACCGate, DCPGate, DMSGate, FTPGate, Gate, Ga
 from vllm_prune.gates.ftp import share_router
 
 VOCAB = 512
+
+
+def own_process(file: Path, timeout: int) -> None:
+    """Tests of a file in a process of their own, where kernels run under Triton's interpreter unless there is a GPU.
+
+    It must be chosen before Triton is imported, and other tests import vLLM and torch's compiler.
+    """
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if not torch.cuda.is_available():
+        env["TRITON_INTERPRET"] = "1"
+    options = ["-p", "no:cacheprovider", "-o", f"python_files={file.name}"]
+    command = [sys.executable, "-m", "pytest", *options, file.name]
+    done = subprocess.run(command, cwd=file.parent, env=env, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stdout + done.stderr  # nonzero too where no test was found
+
+
 RECORD = {"additional_config": {"vllm_prune": {"record": True}}}
 """Options of an engine that remembers the expiry of every key."""
 

@@ -19,12 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-METHODS: dict[str, dict[str, Any]] = {
-    "dcp": {"beta": 3.6},
-    "dms": {"delay": 8},
-    "random": {"keep": 0.4, "delay": 8, "seed": 3},
-    "stock": {},
-}
+import flow
+
+METHODS = {**flow.METHODS, "stock": {}}
 """``stock``: the same without gates, to compare memory with."""
 LONGEST = 960
 
@@ -108,10 +105,9 @@ def soak(seconds: float, method: str, seed: int, spells: int = 20) -> dict[str, 
         if method == "stock":
             model = save_base(Path(folder), config, torch.float32)
         else:
-            model = save_gated(Path(folder), config, method, torch.float32, **METHODS[method])
-        graphs = torch.cuda.is_available()
-        with engine(model, enforce_eager=not graphs, max_num_batched_tokens=256, kv_cache_memory_bytes=6 << 20,
-                    disable_log_stats=True) as llm:  # fmt: skip
+            model = save_gated(Path(folder), config, method.removesuffix("_kv_head"), torch.float32, **METHODS[method])
+        eager = not torch.cuda.is_available()
+        with engine(model, enforce_eager=eager, max_num_batched_tokens=256, kv_cache_memory_bytes=6 << 20) as llm:
             load = Load(llm.llm_engine, rng, VOCAB)
             preempted, real = 0, scheduler_of(llm)._preempt_request
 
@@ -144,7 +140,7 @@ def soak(seconds: float, method: str, seed: int, spells: int = 20) -> dict[str, 
                     assert first == second, f"{output.request_id}: {first} keys dropped under load, {second} alone"
             blocks = scheduler_of(llm).kv_cache_manager.block_pool.num_gpu_blocks
     return {
-        "method": method, "seconds": seconds, "seed": seed, "blocks": blocks, "steps": load.steps, "ended": load.done,
+        "method": method, "seed": seed, "blocks": blocks, "steps": load.steps, "ended": load.done,
         "aborted": load.aborted, "preempted": preempted, "tokens": load.tokens, "keys_dropped": load.dropped,
         "repeated": len(load.sample), "held": held,
     }  # fmt: skip
@@ -157,11 +153,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     root = Path(__file__).resolve().parents[2]
     sys.path[:0] = [str(root / "tests"), str(root / "benchmarks")]
-    from common import origin
+    from common import environment, origin
 
+    environment(1)
     begin = time.perf_counter()
     found = {**soak(args.minutes * 60, args.method, args.seed), **origin(1, begin)}
     text = json.dumps(found, indent=1)

@@ -21,7 +21,7 @@ SMALL = {} if torch.cuda.is_available() else {
     "kv_cache_memory_bytes": 4 << 20, "max_model_len": 192, "max_num_seqs": 4, "max_num_batched_tokens": 96,
 }  # fmt: skip
 """The interpreter copies every tensor that a kernel is given."""
-ON_GPU = ("dcp", "dcp_kv_head", "dms", "random")
+ON_GPU = ("dcp", "dcp_kv_head", "dms", "window", "random")
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,8 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from vllm_prune.errors import PruneError
+
 from . import data, recall, tasks
 from .tokenizer import train_tokenizer
 
@@ -45,7 +47,7 @@ def build_corpus(folder: Path, vocab_size: int = 4096, model: Path | None = None
         model: a model folder whose tokenizer is taken instead.
     """
     if (folder / "corpus.json").exists():
-        return load_corpus(folder, model)
+        return load_corpus(folder, *([] if model is None else [model]))
     folder.mkdir(parents=True, exist_ok=True)
     sources = data.find_sources()
     documents = sorted(data.read_documents(sources), key=lambda document: document.sha256)
@@ -67,23 +69,24 @@ def build_corpus(folder: Path, vocab_size: int = 4096, model: Path | None = None
     return load_corpus(folder)
 
 
-def load_corpus(folder: Path, model: Path | None = None) -> Corpus:
+def load_corpus(folder: Path, *models: Path) -> Corpus:
     """Loads a corpus cache that ``build_corpus`` wrote.
 
     Args:
-        model: a model folder that will be given the corpus's tokens.
+        models: folders of all models that will be given the corpus's tokens.
 
     Raises:
-        ValueError: the model has another tokenizer: the tokens would be noise to it.
+        PruneError: a model has another tokenizer: the tokens would be noise to it.
     """
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
-    if model is not None:
+    for model in models:
         other = PreTrainedTokenizerFast.from_pretrained(model)
         texts = ["def f(x):\n    return x + 1\n", "The quick brown fox, 0123456789."]
         if other.get_vocab() != tokenizer.get_vocab() or any(other.encode(t) != tokenizer.encode(t) for t in texts):
-            raise ValueError(
-                f"the tokens in {folder} were made by another tokenizer than that of {model}; make a corpus for it: "
-                f"python training/reference/make_corpus.py --corpus NEW --model {model}"
+            raise PruneError(
+                f"{model} has another tokenizer than the corpus in {folder}.",
+                "Give the corpus that it was trained on, or make one: "
+                f"python training/reference/make_corpus.py --corpus NEW --model {model}",
             )
     return Corpus(folder, tokenizer, json.loads((folder / "corpus.json").read_text()))
 
