@@ -43,17 +43,18 @@ LTP = {"span": 64, "grid": 32, "theta": 0.8}
 STRENGTHS = (0.5, 1.0, 2.0)
 
 
-def recipe(data: Path, out: Path, base: Path, gate: dict[str, Any], steps: int, **sections: Any) -> Recipe:
-    """One run; all see the same sequences."""
-    return Recipe.model_validate({
-        "model": str(base), "output": str(out), "gate": gate, **sections,
-        "objective": {"kl_forward": 1.0, **sections.get("objective", {})},
+def recipe(data: Path, out: Path, base: Path, gate: dict[str, Any], steps: int, /, **sections: Any) -> Recipe:
+    """One run; all see the same sequences. ``sections`` of the recipe; what is not in them is as here."""
+    parts: dict[str, dict[str, Any]] = {
+        "objective": {"kl_forward": 1.0},
         "data": {"train": [{"path": str(data / "train.parquet"), "format": "parquet"}],
                  "held_out": [{"path": str(data / "held_out.parquet"), "format": "parquet"}], "check": "lazy"},
         "training": {"steps": steps, "lengths": T, "batch_tokens": 2048, "lr": 1e-4, "bias_lr": 0.03, "precision": "bf16",
                      "schedule": "trapezoid", "seed": 1, "log_steps": 5, "save_steps": 100000,
                      "eval_steps": max(1, round(HARD_FROM * steps)), "eval_tokens": 4096},
-    })  # fmt: skip
+    }  # fmt: skip
+    merged = {name: {**part, **sections.get(name, {})} for name, part in parts.items()}
+    return Recipe.model_validate({"model": str(base), "output": str(out), "gate": gate, **sections, **merged})
 
 
 def measure(model: Any, corpus: Corpus, blocks: int, tasks: int, strength: float | None = None) -> dict[str, Any]:

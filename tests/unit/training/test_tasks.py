@@ -74,6 +74,15 @@ def test_frequent_words_are_the_most_frequent() -> None:
     assert ranked[2] > ranked[3]
 
 
+@given(seed=st.integers(0, 2**60))
+@settings(max_examples=25, deadline=None)
+def test_the_asked_mark_is_the_most_frequent(seed: int) -> None:
+    task = tasks.make_task("marks", seed, 2000, letters, filler=FILLER)
+    found = [line[len("Mark: ") : -1] for line in task.context.splitlines() if line.startswith("Mark: ")]
+    assert sorted(map(found.count, set(found))) == [1, 1, 3]
+    assert found.count(task.references[0]) == 3
+
+
 @pytest.mark.parametrize("name", [*tasks.TASKS, *tasks.RECALL])
 def test_spans_of_a_sample_are_its_answers(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
     count = tasks.counter(tokenizer)
@@ -123,4 +132,5 @@ GOLDEN = {
     "frequent_words": "6db1ba220881",
     "delayed_need": "b04f3d1030e8",
     "instructions": "fe7dcb511000",
+    "marks": "977b02ec4a93",
 }

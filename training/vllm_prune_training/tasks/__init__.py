@@ -11,11 +11,12 @@ from transformers import PreTrainedTokenizerBase
 from .. import recall
 from .delayed import DELAYED
 from .instructions import INSTRUCTIONS
+from .marks import CLASSES
 from .ruler import RULER, Count, Haystack, Item, Task
 from .ruler import make_haystack as _make_haystack
 
 RECALL: tuple[recall.Kind, ...] = ("lookup", "variables")
-GENERATORS = {**RULER, **DELAYED, **INSTRUCTIONS}
+GENERATORS = {**RULER, **DELAYED, **INSTRUCTIONS, **CLASSES}
 TASKS = (*GENERATORS,)
 """Names that ``make_task`` knows."""
 
