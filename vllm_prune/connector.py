@@ -17,7 +17,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from vllm_prune.attention.serving import ServedGate
 from vllm_prune.cache.grants import LaneReport
+from vllm_prune.config import served_section
+from vllm_prune.requests import RequestGates, request_gates
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +49,7 @@ class StepGrant:
         last: the request ends with this step (its token limit), so it needs no room beyond.
         in_flight: tokens that may be scheduled before this step's report is read (0 without asynchronous scheduling).
         prompt: P, tokens of the request's own prompt, whatever was generated and is computed again.
+        strength: of the gates for this request.
     """
 
     epoch: int
@@ -56,6 +60,7 @@ class StepGrant:
     last: bool
     in_flight: int
     prompt: int
+    strength: float
 
 
 @dataclass
@@ -92,6 +97,9 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
         self._state: StepState | None = None
         self._requests: dict[str, Request] = {}
         self._prompts: dict[str, int] = {}
+        self._section = served_section(vllm_config)
+        self._dense = ServedGate.of(self._section).planned_dense
+        self._gates: dict[str, RequestGates] = {}
         self._reports: dict[str, list[LaneReport]] = {}
         self._doomed: set[int] = set()
         self._chunk = vllm_config.scheduler_config.max_num_batched_tokens
@@ -115,7 +123,14 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
         return
 
     def on_new_request(self, request: Request) -> None:
+        assert self._manager is not None
+        params = request.sampling_params
+        # Checked in the front end: what comes here otherwise than through vLLM's input processor ends the engine.
+        gates = request_gates(None if params is None else params.extra_args, self._section)
         self._requests[request.request_id] = request
+        self._gates[request.request_id] = gates
+        if gates.strength != self._section.strength and not self._dense:
+            self._manager.expected_keep[request.request_id] = gates.expected_keep
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> PruneMetadata:
         assert self._manager is not None
@@ -134,7 +149,10 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
             blocks = [block.block_id for block in grants.take_unsent()]
             # vLLM counts all that came before into the prompt of a session that goes on: what was decided stays decided.
             prompt = self._prompts.setdefault(req_id, request.num_prompt_tokens)
-            meta.grants[req_id] = StepGrant(grants.epoch, blocks, tokens, covered, remaining, last, ahead, prompt)
+            strength = self._gates[req_id].strength
+            meta.grants[req_id] = StepGrant(
+                grants.epoch, blocks, tokens, covered, remaining, last, ahead, prompt, strength
+            )
         return meta
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
@@ -148,9 +166,11 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        self._requests.pop(request.request_id, None)
-        self._prompts.pop(request.request_id, None)
-        return False, self._summary(request)
+        summary = self._summary(request)
+        assert self._manager is not None
+        for known in (self._requests, self._prompts, self._gates, self._manager.expected_keep):
+            known.pop(request.request_id, None)
+        return False, summary
 
     def _summary(self, request: Request) -> dict[str, Any] | None:
         """What rides on the response: keys kept and dropped over all layers and units, and blocks, of this request."""

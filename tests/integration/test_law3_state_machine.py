@@ -2,22 +2,45 @@
 
 The real manager, block pool, lane store and attention implementation in one process, driven by random histories: admit,
 prefill in chunks or whole, decode, drop (by query, delayed, known at write, at boundaries, at the prompt's end, none), skip
-tokens of a layer, preempt, abort, finish, with reports on time or a step late (as under asynchronous scheduling). Gate
-features are small integers, so that scores are exact and the model cannot disagree by rounding. Free pages are poisoned with
-NaN: any read of them shows.
+tokens of a layer, preempt, abort, finish, with reports on time or a step late (as under asynchronous scheduling); some
+requests have their gates open. Free pages are poisoned with NaN: any read of them shows.
 """
 
 from __future__ import annotations
 
 import os
-from collections import Counter
-from dataclasses import dataclass, field
-from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from brute_force import (
+    BIASES,
+    BLOCKS,
+    BOUNDARY,
+    CHUNK,
+    DELAY,
+    LIMIT,
+    LONGEST,
+    METHODS,
+    NEVER,
+    PER_HEAD,
+    RANK,
+    ROUTED,
+    SALTS,
+    SEEN,
+    SINKS,
+    WHOLE,
+    WINDOW,
+    BruteForce,
+    D,
+    G,
+    H,
+    L,
+    Model,
+    N,
+    gates_of,
+)
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -28,9 +51,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from support import random_gates
 from vllm.v1.core.block_pool import BlockPool
-from vllm_prune_training.routed import Routes
 
 from vllm_prune.attention.cpu import PruneCPUImpl
 from vllm_prune.attention.serving import DelayRule, QueryRule, RequestRule, ServedGate, WriteRule
@@ -39,72 +60,13 @@ from vllm_prune.attention.subset import subset, token_places
 from vllm_prune.cache.lanes import LaneStore
 from vllm_prune.cache.manager import PruneManager
 from vllm_prune.cache.spec import PruneSpec
-from vllm_prune.gates import NEVER, BoundaryRule, Gate, Protection, Reveal
-from vllm_prune.gates.boundary import hard_walk
-from vllm_prune.gates.prompt import received_naive
+from vllm_prune.gates import Protection, Reveal
 from vllm_prune.models.prompt_facts import PromptFactsRouter
 from vllm_prune.models.prompt_router import PromptRouter
 from vllm_prune.models.routing import GateRouter, Router
 
-L, H, G, D, N, RANK = 2, 2, 2, 32, 32, 8
-BLOCKS, CHUNK, LONGEST, SINKS, DELAY, WINDOW = 24, 70, 320, 2, 5, 40
-BIASES = np.asarray([2.5, 3.5], np.float32)
-PER_HEAD = ("dcp_kv_head", "dms", "random", "shadow")
-SALTS, LIMIT = np.asarray([7, 2**31 + 5], np.uint32), 2**31
-"""Of random eviction: half of the keys survive."""
-BOUNDARY = {
-    "ltp": BoundaryRule(grid=16, span=10, after=10, sinks=SINKS, threshold=0.9),
-    "acc": BoundaryRule(grid=16, span=0, after=8, sinks=SINKS, keep=0.3),
-}
-"""Decided from real-valued attention: here only chance keeps a score away from its limit by more than rounding."""
-WHOLE = ("ftp_of_prompts", "ltp_prompt", "acc_prompt")
-ROUTED = ("ftp", *WHOLE)
-"""Methods whose layer 1 skips tokens by the attention of layer 0, real-valued too; with ``WHOLE`` prompts come in one step."""
-METHODS = ("open", "dcp", "dcp_kv_head", "dms", "window", "random", *BOUNDARY, *ROUTED, "shadow", "shadow_token")
-SEEN: Counter = Counter()
-"""What the histories of this run went through; checked at the end, so that the machine cannot pass by idling."""
 
-
-@cache
-def mix(x: int) -> int:
-    """The hash of random eviction in unbounded integers."""
-    x ^= x >> 16
-    x = x * 0x7FEB352D % 2**32
-    x ^= x >> 15
-    x = x * 0x846CA68B % 2**32
-    return x ^ x >> 16
-
-
-def gates_of(method: str, seed: int) -> list[Gate]:
-    """Random ones that skip tokens or close lanes, of methods whose gates decide for themselves."""
-    config = SimpleNamespace(hidden_size=16, num_key_value_heads=H, num_hidden_layers=L)
-    if method.startswith("ftp"):
-        return random_gates(config, "ftp", seed, form="prompt" if method in WHOLE else "causal")
-    sizes = {"query_heads": H * G, "width": H * G * D, "hidden": 16, "closed": 0.5} if method == "shadow" else {}
-    gates = random_gates(config, method, seed, **sizes)
-    if method == "ltp_prompt":
-        gates[0].theta.data.fill_(1.0)  # type: ignore[operator,union-attr]
-    elif method == "acc_prompt":
-        gates[0].tune(0.5, 1.0)  # type: ignore[operator]
-    return gates
-
-
-@dataclass
-class Model:
-    """Brute force: every token a request has computed, and the expiry of each key. ``prompt``: P, what it came with."""
-
-    seed: int
-    total: int
-    prompt: int
-    covered: int = 0
-    query: list = field(default_factory=list)
-    key: list = field(default_factory=list)
-    value: list = field(default_factory=list)
-    features: list = field(default_factory=list)
-    expiry: np.ndarray | None = None  # [L, E, covered]
-
-
-class PoolMachine(RuleBasedStateMachine):
+class PoolMachine(BruteForce, RuleBasedStateMachine):
     def __init__(self, method: str) -> None:
         super().__init__()
         self.method = method
@@ -139,8 +101,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.router: Router | None = None
         if method in ROUTED:
             kind = {"ftp": GateRouter, "ftp_of_prompts": PromptFactsRouter}.get(method)
-            served = SimpleNamespace(strength=1.0, protection=self.protection)
-            self.router = kind(self.gates, 1.0, self.protection) if kind else PromptRouter(self.gates, served)
+            served = SimpleNamespace(protection=self.protection)
+            self.router = kind(self.gates, self.protection) if kind else PromptRouter(self.gates, served)
         rule = {
             **BOUNDARY,
             "dcp": QueryRule(1.0, BIASES[:1]),
@@ -154,7 +116,8 @@ class PoolMachine(RuleBasedStateMachine):
         for layer in range(L):
             impl = PruneCPUImpl(H * G, D, D**-0.5, H)
             state = SimpleNamespace(store=self.store, serving=serving)
-            impl.rule = RequestRule(None if layer else self.gates[0], 1.0) if method == "shadow" else rule
+            trained = RequestRule(None if layer else self.gates[0], 1.0) if method == "shadow" else rule
+            impl.rule_at = {0.0: None, 1.0: trained}.__getitem__
             impl.router = self.router
             if method == "shadow_token" and layer:
                 impl.chooser = self  # it is asked nothing here: the choice lies in the step's notes
@@ -246,14 +209,15 @@ class PoolMachine(RuleBasedStateMachine):
             grants = self.manager.grants[name]
             self.store.update(name, grants.epoch, [block.block_id for block in grants.take_unsent()])
             model = self.running[name]
-            self.store.set_prompt(name, model.prompt)
+            self.store.set_facts(name, model.prompt, model.strength)
             rows.append((self.store.slots[name].slot, sum(p[0].shape[1] for p in pieces), tokens, model.covered))
             pieces.append(self.tokens(model, tokens))
         slots, first, count, positions = (np.asarray(x, np.int32) for x in zip(*rows, strict=True))
-        everyone = Rows(slots, first, count, positions)
+        everyone = Rows(slots, first, count, positions, self.store.lanes.strength[slots])
         single = count == 1
         query, key, value, features = (torch.from_numpy(np.concatenate(x, axis=1)) for x in zip(*pieces, strict=True))
         metadata = PruneAttentionMetadata(int(count.sum()), self.state, everyone.pick(single), everyone.pick(~single))
+        SEEN["mixed strengths"] += len(set(everyone.strengths)) > 1
         SEEN["mixed steps"] += 0 < single.sum() < len(single)
         SEEN["keys dropped"] += sum(int((m.expiry < NEVER).sum()) for m in self.running.values())
         if self.method == "shadow_token":
@@ -295,108 +259,6 @@ class PoolMachine(RuleBasedStateMachine):
         step.call = subset(step, keep)
         SEEN["tokens skipped"] += int((~keep).sum())
         return keep
-
-    # Brute force -----------------------------------------------------------------------------------------------------
-
-    def tokens(self, model: Model, n: int):
-        """Deterministic content of a request's next n tokens: query, key, value [L, n, heads, D], features [L, n, F]."""
-        parts = []
-        for position in range(model.covered, model.covered + n):
-            rng = np.random.default_rng((model.seed, position))
-            q, k, v = (rng.standard_normal((L, heads, D), np.float32) for heads in (H * G, H, H))
-            if self.method.startswith("dcp"):
-                f = rng.integers(-1, 2, (L, 2 * RANK * self.units)).astype(np.float32)
-            elif self.method == "dms":
-                f = rng.choice(np.asarray([-1.0, 1.0], np.float32), (L, H))
-            else:
-                f = np.zeros((L, 0), np.float32)
-            parts.append((q, k, v, f))
-            model.query.append(q)
-            model.key.append(k)
-            model.value.append(v)
-            model.features.append(f)
-        model.covered += n
-        if self.method in BOUNDARY:  # [layers as a batch, heads, tokens, D]
-            q, k = (torch.from_numpy(np.stack(x)).permute(1, 2, 0, 3) for x in (model.query, model.key))
-            model.expiry = hard_walk(BOUNDARY[self.method], q, k, D**-0.5).numpy()
-        elif self.method in (*ROUTED, "shadow"):
-            model.expiry = np.full((L, self.units, model.covered), NEVER)
-            self.decide(model)
-        else:
-            model.expiry = np.stack([self.expiries(np.stack(model.features)[:, layer]) for layer in range(L)])
-        return tuple(np.stack(x, axis=1) for x in zip(*parts, strict=True))
-
-    def decide(self, model: Model) -> None:
-        """Write into the model's expiries what follows from layer 0's attention, every key of which is there."""
-        q, k = (torch.from_numpy(np.stack(x)[:, 0]) for x in (model.query, model.key))  # [T, heads, D]
-        t, p = model.covered, model.prompt
-        if self.method == "shadow":
-            if t >= p:
-                attended = torch.from_numpy(self.rows(model, 0, np.asarray([p - 1]), q[p - 1 : p].numpy()))
-                closed = self.gates[0].close(attended.flatten(), 1.0).numpy()  # type: ignore[operator]
-                model.expiry[closed] = np.maximum(np.arange(t), p)
-            return
-        runs = torch.ones(t, dtype=torch.bool)
-        if self.method.startswith("ftp"):
-            logits = torch.einsum("nhd,shd->hns", q, k.repeat_interleave(G, 1)) * D**-0.5
-            weights = logits.masked_fill(torch.ones(t, t).triu(1) > 0, float("-inf")).softmax(-1)
-            told = torch.tensor([p]) if self.method in WHOLE else None
-            routes = Routes.start(1, t, q.device, told)
-            routes.update(weights[None], torch.arange(1, t + 1.0)[None], torch.ones(1, t, dtype=torch.bool))
-            runs = self.gates[1].runs_on(routes.facts[0], 1.0, self.protection, p)  # type: ignore[operator]
-        elif p > 1:
-            scores = received_naive(q[:p], k[:p], D**-0.5)
-            runs[:p] = self.gates[0].survives(scores, torch.arange(p), p, 1.0, self.protection)  # type: ignore[operator]
-        model.expiry[1, 0] = np.where(runs.numpy(), NEVER, np.arange(t))
-
-    def chosen(self, model: Model, n: int) -> np.ndarray:
-        """Groups that the latest n tokens run on, bool [n, L, H]: all of the prompt's and of layer 0's."""
-        at = np.arange(model.covered - n, model.covered)
-        drawn = [
-            [[mix(mix(j) ^ (model.seed + 7 * h)) % 2 == 0 for h in range(H)] for _ in range(L)] for j in at.tolist()
-        ]
-        groups = np.asarray(drawn) | (at < model.prompt)[:, None, None]
-        groups[:, 0] = True
-        SEEN["groups not chosen"] += int((~groups).sum())
-        return groups
-
-    def expiries(self, f: np.ndarray) -> np.ndarray:
-        """[E, T] straight from the definitions."""
-        t = len(f)
-        out = np.full((self.units, t), NEVER)
-        for j in range(SINKS, t):
-            if self.method.startswith("dcp"):
-                for unit, bias in enumerate(BIASES[: self.units]):
-                    q, k = f[:, RANK * unit :][:, :RANK], f[j, RANK * (self.units + unit) :][:RANK]
-                    hits = [n for n in range(j + 1, t) if q[n] @ k + bias <= 0]
-                    out[unit, j] = hits[0] if hits else NEVER
-            elif self.method == "dms" and j + 1 < t:
-                out[:, j] = np.where(f[j + 1] > 0, j + 1 + DELAY, NEVER)
-            elif self.method == "window":
-                out[0, j] = j + 1 + WINDOW
-            elif self.method == "random":
-                out[:, j] = [NEVER if mix(mix(j) ^ int(salt)) < LIMIT else j + 1 + DELAY for salt in SALTS]
-        return out
-
-    def attend(self, model: Model, layer: int, query: np.ndarray) -> np.ndarray:
-        """Attention output of the latest tokens, like their query [n, H * G, D]."""
-        n = len(query)
-        out = self.rows(model, layer, np.arange(model.covered - n, model.covered), query)
-        if self.method == "shadow_token" and n == 1:  # what chunks say is masked behind attention
-            out *= self.chosen(model, 1)[:, layer].repeat(G, axis=1)[..., None]
-        return out
-
-    def rows(self, model: Model, layer: int, now: np.ndarray, query: np.ndarray) -> np.ndarray:
-        """Of queries [n, H * G, D] at positions ``now`` [n]."""
-        key, value = (np.stack(x)[:, layer] for x in (model.key, model.value))
-        out, place, now = np.zeros_like(query), np.arange(model.covered), now[:, None]
-        for head in range(H * G):
-            unit = (head // G) if self.units > 1 else 0
-            see = (place <= now) & (now < model.expiry[layer, unit])
-            logits = np.where(see, query[:, head] @ key[:, head // G].T * D**-0.5, -np.inf)
-            weights = np.exp(logits - np.max(logits, axis=1, keepdims=True, initial=-1e9))
-            out[:, head] = weights @ value[:, head // G] / np.maximum(weights.sum(1, keepdims=True), 1e-30)
-        return out  # 0 of a head that sees no key
 
     # What must always hold ---------------------------------------------------------------------------------------------
 
@@ -508,6 +370,6 @@ def test_pool_and_lanes(method):
 def test_histories_were_worth_it():
     for event in (
         "blocks returned", "stale reports", "preemptions in a prefill", "mixed steps", "keys dropped", "tokens skipped",
-        "requests with closed lanes", "groups not chosen",
+        "requests with closed lanes", "groups not chosen", "mixed strengths",
     ):  # fmt: skip
         assert SEEN[event] > 2, f"{event}: {SEEN}"

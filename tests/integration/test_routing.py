@@ -119,7 +119,7 @@ def test_rows_of_a_subset_equal_the_naive_ones():
         tokens = rng.integers(1, 6, rng.integers(1, 7)).astype(np.int32)
         first = np.concatenate([[0], np.cumsum(tokens)[:-1]]).astype(np.int32)
         slots = rng.permutation(20)[: len(tokens)].astype(np.int32)
-        rows = Rows(slots, first, tokens, rng.integers(0, 50, len(tokens)).astype(np.int32))
+        rows = Rows(slots, first, tokens, rng.integers(0, 50, len(tokens)).astype(np.int32), np.ones(len(tokens)))
         step = PruneAttentionMetadata(int(tokens.sum()), None, rows.pick(tokens == 1), rows.pick(tokens > 1))
         keep = rng.random(int(tokens.sum())) < rng.random()
         made = subset(step, keep)

@@ -7,6 +7,7 @@ step, R requests.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,18 +16,17 @@ from vllm import _custom_ops as ops
 from vllm import envs
 
 from vllm_prune.attention.boundary import BoundarySteps
-from vllm_prune.attention.impl import GatedImpl
+from vllm_prune.attention.impl import GatedImpl, drops_nothing
 from vllm_prune.attention.masked import gather_keys, gather_lane, tiled_attention
 from vllm_prune.attention.serving import DelayRule, QueryRule, RequestRule, Rule, WriteRule
 from vllm_prune.attention.some_lanes import LanePlan, SomeLanes, pick_lanes
 from vllm_prune.cache.geometry import cdiv
 from vllm_prune.cache.lane_ops import NEVER, Tokens, check, lib
-from vllm_prune.gates import BoundaryRule
+from vllm_prune.gates import BoundaryRule, Reveal
 
 if TYPE_CHECKING:
     from vllm_prune.attention.state import Passed, PruneAttentionMetadata, Rows, WorkerState
     from vllm_prune.cache.lanes import LaneStore
-    from vllm_prune.gates.shadow import ShadowGate
     from vllm_prune.models.routing import Router
     from vllm_prune.models.sparse import Chooser
 
@@ -39,13 +39,16 @@ class PruneCPUImpl(GatedImpl):
         self.state: WorkerState | None = None
         self.tokens = Tokens()
         self.router: Router | None = None
-        self.boundaries: BoundarySteps | None = None
         self.chooser: Chooser | None = None
 
     def attach(self, state: WorkerState, index: int) -> None:
         self.state, self.index, self.serving = state, index, state.serving
-        if isinstance(self.rule, BoundaryRule) and self.rule.drops:  # otherwise as with open gates
-            self.boundaries = BoundarySteps(self.rule, index, self.group, self.scale)
+
+    @lru_cache(64)  # noqa: B019 - a layer lives as long as its worker
+    def _boundaries(self, strength: float) -> BoundarySteps | None:
+        """What decides at boundaries at a strength; None where nothing does."""
+        rule = self.rule_at(strength)
+        return BoundarySteps(rule, self.index, self.group, self.scale) if isinstance(rule, BoundaryRule) else None
 
     def forward(  # type: ignore[override]
         self,
@@ -78,29 +81,30 @@ class PruneCPUImpl(GatedImpl):
         key, value = _rows(key), _rows(value)
         features = None if features is None else _rows(features)
         tokens = self.tokens.point(key, value, features, m.positions)
-        if self.boundaries is not None:
-            return self._forward_at_boundaries(self.boundaries, store, m, tokens, query, output)
-        rule = self.rule if m.positions is None else None  # what a routed layer runs on it keeps
+        if self.serving.reveal is Reveal.AT_BOUNDARY:
+            return self._forward_at_boundaries(store, m, tokens, query, key, value, output)
+        rule_at = self.rule_at if m.positions is None else drops_nothing  # what a routed layer runs on it keeps
         if m.decodes.count:
-            self._decode(store, m.decodes, tokens, rule)
+            for strength, rows in m.decodes.by_strength:
+                self._decode(store, rows, tokens, rule_at(strength))
         whole = m.decodes.whole
         if m.chunks.count:
             undisturbed = [
                 i for i in range(m.chunks.count)
-                if self._chunk(store, m.chunks, i, query, key, value, tokens, output, rule)
+                if self._chunk(store, m.chunks, i, query, key, value, tokens, output, rule_at(float(m.chunks.strengths[i])))
             ]  # fmt: skip
             whole = whole + [(m.chunks.slots[i], m.chunks.first[i], m.chunks.tokens[i]) for i in undisturbed]
         if whole:
             self._attend(store, m, whole, query, output)
-        if isinstance(self.rule, RequestRule) and self.rule.gate is not None:
+        if self.serving.reveal is Reveal.PER_REQUEST:
             for rows in (m.decodes, m.chunks):
-                self._close(store, rows, self.rule.gate, output)
+                self._close(store, rows, output)
         if self.router is not None:
             self.router.observe(self.index, m, query)
         return output
 
-    def _forward_at_boundaries(self, steps: BoundarySteps, store: LaneStore, m: PruneAttentionMetadata, tokens: Tokens,
-                               query: torch.Tensor, output: torch.Tensor) -> torch.Tensor:  # fmt: skip
+    def _forward_at_boundaries(self, store: LaneStore, m: PruneAttentionMetadata, tokens: Tokens, query: torch.Tensor,
+                               key: torch.Tensor, value: torch.Tensor, output: torch.Tensor) -> torch.Tensor:  # fmt: skip
         dense = _rows(query)
 
         def attend(rows: list[tuple[int, int, int]]) -> None:
@@ -108,20 +112,32 @@ class PruneCPUImpl(GatedImpl):
 
         whole = m.decodes.whole
         if m.decodes.count:
-            steps.decode(store, m.decodes, tokens, dense)
+            for strength, rows in m.decodes.by_strength:
+                steps = self._boundaries(strength)
+                if steps is None:
+                    self._decode(store, rows, tokens, None)
+                else:
+                    steps.decode(store, rows, tokens, dense)
         for i in range(m.chunks.count):
-            whole = [*whole, steps.chunk(store, m.chunks, i, tokens, dense, attend)]
+            steps = self._boundaries(float(m.chunks.strengths[i]))
+            if steps is None:
+                self._chunk(store, m.chunks, i, query, key, value, tokens, output, None)
+                row = (int(m.chunks.slots[i]), int(m.chunks.first[i]), int(m.chunks.tokens[i]))
+            else:
+                row = steps.chunk(store, m.chunks, i, tokens, dense, attend)
+            whole = [*whole, row]
         if whole:
             attend(whole)
         return output
 
-    def _close(self, store: LaneStore, rows: Rows, gate: ShadowGate, output: torch.Tensor) -> None:
-        """Decide for the requests whose prompt ends among these rows, from this layer's attention output."""
-        assert isinstance(self.rule, RequestRule)
+    def _close(self, store: LaneStore, rows: Rows, output: torch.Tensor) -> None:
+        """Decide for the requests whose prompt ends among these rows, from layer 0's attention output."""
         last = store.lanes.prompt[rows.slots] - 1 - rows.positions
         for i in np.flatnonzero((last >= 0) & (last < rows.tokens)):
-            attended = output[int(rows.first[i] + last[i])].flatten()
-            store.lanes.closed[rows.slots[i]] = gate.close(attended, self.rule.strength).numpy()
+            rule = self.rule_at(float(rows.strengths[i]))
+            if isinstance(rule, RequestRule) and rule.gate is not None:
+                attended = output[int(rows.first[i] + last[i])].flatten()
+                store.lanes.closed[rows.slots[i]] = rule.gate.close(attended, rule.strength).numpy()
 
     def skip(self, slots: np.ndarray, positions: np.ndarray) -> None:
         """Account for tokens that this layer does not run on: never stored here. int32 [S] each."""
@@ -252,8 +268,8 @@ class PruneCPUImpl(GatedImpl):
             lane_out = torch.empty_like(lane_query)
         some = self._some_lanes(plan, m)
         if some is None:
-            # With open gates and no router all layers have equal lengths.
-            if plan.schedule is None or self.rule is not None or self.router is not None:
+            # Where neither rules nor routers are at work all layers have equal lengths.
+            if plan.schedule is None or self.serving.ruled or self.router is not None:
                 plan.schedule = self._schedule(plan.lengths, plan.starts, query.dtype)
             self._kernel(store, lane_query, lane_out, plan.lengths, plan.starts, plan.tables, plan.schedule)
         else:
@@ -274,7 +290,7 @@ class PruneCPUImpl(GatedImpl):
         """The lanes to attend to where some hold no key, which vLLM's kernel does not take, or were not chosen by single
         tokens (of chunks the output is masked); None for all of them."""
         chosen = None
-        if isinstance(self.rule, RequestRule):
+        if self.serving.reveal is Reveal.PER_REQUEST:
             chosen = plan.lengths > 0
         elif self.chooser is not None and (choice := m.notes.get("shadow")) is not None:
             rows = [choice.groups[int(first), self.index] | bool(count > 1) for _, first, count in plan.rows]

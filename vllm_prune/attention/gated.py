@@ -6,7 +6,7 @@ would be free to reorder them.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm_prune.attention.serving import ServedGate, rule_of
 from vllm_prune.cache.spec import PruneSpec
 from vllm_prune.config import DropGateConfig, served_section
-from vllm_prune.gates import Reveal
 from vllm_prune.gates.borrowed import without_borrowed
 
 _LIBRARY = torch.library.Library("vllm_prune", "FRAGMENT")
@@ -104,7 +103,9 @@ class GatedAttention(Attention):
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         super().process_weights_after_loading(act_dtype)
         if self.drop_gate is not None and self.serving.ruled:
-            self.impl.rule = rule_of(self.drop_gate, self.section)  # type: ignore[attr-defined,arg-type]
+            gate: Any = self.drop_gate
+            self.impl.rule_at = lru_cache(64)(partial(rule_of, gate, self.section))  # type: ignore[attr-defined]
+            self.impl.rule = rule_of(gate, self.section)  # type: ignore[attr-defined]
 
     def features(self, x: torch.Tensor) -> torch.Tensor | None:
         """Gate features [T, F] of the layer's normed input [T, D_model]; None when gates are open, skip computation instead,
@@ -131,7 +132,6 @@ class GatedAttention(Attention):
         return output
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> PruneSpec:
-        dense = self.serving.reveal in (None, Reveal.NONE, Reveal.PER_REQUEST)  # the last until its prompt ends
         return PruneSpec(
             block_size=vllm_config.cache_config.block_size,
             num_kv_heads=self.num_kv_heads,
@@ -141,5 +141,5 @@ class GatedAttention(Attention):
             gate_rank=self.serving.rank,
             gate_lanes=self.serving.gate_lanes,
             chunk_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
-            expected_keep=1.0 if dense else self.section.expected_keep,
+            expected_keep=1.0 if self.serving.planned_dense else self.section.expected_keep,
         )

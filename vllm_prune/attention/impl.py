@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
@@ -18,7 +19,8 @@ class GatedImpl(AttentionImpl):
     Attributes:
         group: G, query heads per KV head.
         index: of the layer; serving: of the gates. Both known once a worker's state is attached.
-        rule: of the layer's gate, None when it is open.
+        rule: of the layer's gate at the served strength, None when it is open.
+        rule_at: the same at the strength of a request.
 
     Raises:
         NotImplementedError: the base's attention has what drop gates cannot be served with.
@@ -55,3 +57,8 @@ class GatedImpl(AttentionImpl):
         self.serving: ServedGate
         self.index = 0
         self.rule: Rule | None = None
+        self.rule_at: Callable[[float], Rule | None] = drops_nothing
+
+
+def drops_nothing(strength: float) -> None:
+    """Of a layer whose gate drops nothing at any strength."""

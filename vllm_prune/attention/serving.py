@@ -45,6 +45,11 @@ class ServedGate:
         """Whether attention itself has something to drop; the other methods skip computation around it."""
         return not self.routes and self.reveal not in (None, Reveal.NONE)
 
+    @property
+    def planned_dense(self) -> bool:
+        """Whether admission plans with every key kept, whatever the strength."""
+        return self.reveal in (None, Reveal.NONE, Reveal.PER_REQUEST)  # the last until its prompt ends
+
     @classmethod
     def of(cls, section: DropGateConfig) -> ServedGate:
         if section.strength == 0.0:
@@ -115,22 +120,26 @@ class RequestRule:
 Rule = QueryRule | DelayRule | WriteRule | RequestRule | BoundaryRule
 
 
-def rule_of(gate: Gate, section: DropGateConfig) -> Rule:
-    """The rule of one layer's loaded gate at the checkpoint's strength."""
+def rule_of(gate: Gate, section: DropGateConfig, strength: float | None = None) -> Rule | None:
+    """The rule of one layer's loaded gate at a strength, the checkpoint's unless given; None where it drops nothing."""
+    strength = section.strength if strength is None else strength
+    if strength == 0.0:
+        return None
     if isinstance(gate, ShadowGate):
-        return RequestRule(None if gate.predictor is None else gate, section.strength)
+        return RequestRule(None if gate.predictor is None else gate, strength)
     if isinstance(gate, BoundaryGate):
-        return gate.rule(section.strength, section.protection)
-    shift = decision_shift(section.strength) * gate.unit
+        rule = gate.rule(strength, section.protection)
+        return rule if rule.drops else None
+    shift = decision_shift(strength) * gate.unit
     if isinstance(gate, DCPGate):
         biases = gate.beta.float().cpu().reshape(-1).numpy() + np.float32(shift)
         return QueryRule(1.0 / math.sqrt(gate.unit_rank), biases.astype(np.float32))
     if isinstance(gate, DMSGate):
         return DelayRule(shift, max(gate.delay, section.protect.window))
     if isinstance(gate, WindowGate):
-        delay = max(gate.window_at(section.strength), section.protect.window)
+        delay = max(gate.window_at(strength), section.protect.window)
         return WriteRule(np.zeros(1, np.uint32), 0, delay)
     if isinstance(gate, RandomGate):
         salts = gate.salts().cpu().numpy().astype(np.uint32)
-        return WriteRule(salts, gate.limit(section.strength), max(gate.delay, section.protect.window))
+        return WriteRule(salts, gate.limit(strength), max(gate.delay, section.protect.window))
     raise NotImplementedError(f"gate method {gate.method} cannot be served yet")

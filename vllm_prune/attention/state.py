@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,17 +24,27 @@ if TYPE_CHECKING:
 class Rows:
     """Requests of one step, in batch order: slot, first token in the batch, tokens, position of the first token.
 
-    Args: four int32 numpy arrays of one entry a request.
+    Args:
+        slots, first, tokens, positions: int32 numpy arrays of one entry a request.
+        strengths: float64, of each request's gates.
     """
 
-    def __init__(self, slots: np.ndarray, first: np.ndarray, tokens: np.ndarray, positions: np.ndarray) -> None:
-        self.slots, self.first, self.tokens, self.positions = slots, first, tokens, positions
+    def __init__(
+        self, slots: np.ndarray, first: np.ndarray, tokens: np.ndarray, positions: np.ndarray, strengths: np.ndarray
+    ) -> None:
+        self.slots, self.first, self.tokens, self.positions, self.strengths = slots, first, tokens, positions, strengths
         self.count = len(slots)
         self.whole = [(int(s), int(f), 1) for s, f in zip(slots, first, strict=True)]
         self.pointers = (slots.ctypes.data, first.ctypes.data, positions.ctypes.data)
 
     def pick(self, mask: np.ndarray) -> Rows:
-        return Rows(self.slots[mask], self.first[mask], self.tokens[mask], self.positions[mask])
+        return Rows(self.slots[mask], self.first[mask], self.tokens[mask], self.positions[mask], self.strengths[mask])
+
+    @cached_property
+    def by_strength(self) -> list[tuple[float, Rows]]:
+        """The rows of each strength: as a rule there is one."""
+        found = np.unique(self.strengths).tolist()
+        return [(found[0], self)] if len(found) == 1 else [(x, self.pick(self.strengths == x)) for x in found]
 
 
 @dataclass
@@ -109,7 +120,7 @@ class WorkerState(StepState):
             store.forget(req_id)
         for req_id, grant in meta.grants.items():
             store.update(req_id, grant.epoch, grant.new_blocks)
-            store.set_prompt(req_id, grant.prompt)
+            store.set_facts(req_id, grant.prompt, grant.strength)
         self._step = meta.grants
 
     def metadata(
@@ -127,7 +138,8 @@ class WorkerState(StepState):
         tokens = np.diff(query_start).astype(np.int32)
         first_blocks = block_table[:count, 0].tolist()
         slots = np.asarray([store.slots[store.slot_of_block[block]].slot for block in first_blocks], np.int32)
-        rows = Rows(slots, query_start[:-1].astype(np.int32), tokens, (seq_lens - tokens).astype(np.int32))
+        strengths = store.lanes.strength[slots]
+        rows = Rows(slots, query_start[:-1].astype(np.int32), tokens, (seq_lens - tokens).astype(np.int32), strengths)
         single = tokens == 1
         total = int(query_start[-1])
         if store.record:

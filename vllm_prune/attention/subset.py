@@ -24,6 +24,17 @@ def token_places(step: PruneAttentionMetadata) -> tuple[np.ndarray, np.ndarray]:
     return step.notes["places"]  # type: ignore[no-any-return]
 
 
+def token_strengths(step: PruneAttentionMetadata) -> np.ndarray:
+    """Strength of the gates of each token's request: float64 [T]. Made once a step."""
+    if "strengths" not in step.notes:
+        found = np.zeros(step.num_actual_tokens)
+        for rows in (step.decodes, step.chunks):
+            for first, count, strength in zip(rows.first, rows.tokens, rows.strengths, strict=True):
+                found[first : first + count] = strength
+        step.notes["strengths"] = found
+    return step.notes["strengths"]  # type: ignore[no-any-return]
+
+
 def subset(step: PruneAttentionMetadata, keep: np.ndarray) -> PruneAttentionMetadata:
     """The step's metadata for its kept tokens, packed in batch order.
 
@@ -45,7 +56,8 @@ def subset(step: PruneAttentionMetadata, keep: np.ndarray) -> PruneAttentionMeta
     order = order[tokens[order] > 0]
     at = before[first[order]]
     own = positions[kept]
-    rows = Rows(slots[order], at, tokens[order], own[at])
+    strengths = np.concatenate([step.decodes.strengths, step.chunks.strengths])
+    rows = Rows(slots[order], at, tokens[order], own[at], strengths[order])
     single = rows.tokens == 1
     return PruneAttentionMetadata(
         len(kept), step.state, rows.pick(single), rows.pick(~single), positions=own, kept=kept, parent=step

@@ -157,6 +157,7 @@ class Lanes:
         self.dropped = np.zeros((max_requests, g.num_layers, units), np.int64)
         self.closed = np.zeros((max_requests, g.num_layers, units), np.uint8)
         self.prompt = np.full(max_requests, NEVER, np.int32)
+        self.strength = np.zeros(max_requests)  # of each slot's request; rules are made of it in Python
         self.n_events = np.zeros(1, np.int64)
         self.events = np.zeros((0, 4), np.int32)
         sizes = dict(

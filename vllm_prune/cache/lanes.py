@@ -149,9 +149,11 @@ class LaneStore:
         g = self.geometry
         return array.reshape(g.num_layers, self.num_blocks, g.num_kv_heads)[:, block]
 
-    def set_prompt(self, req_id: str, tokens: int) -> None:
-        """Learn how long a live request's prompt is; it stays so whatever a later life computes again."""
-        self.lanes.prompt[self.slots[req_id].slot] = tokens
+    def set_facts(self, req_id: str, prompt: int, strength: float) -> None:
+        """Learn how long a live request's prompt is, which stays so whatever a later life computes again, and at which strength
+        its gates decide."""
+        slot = self.slots[req_id].slot
+        self.lanes.prompt[slot], self.lanes.strength[slot] = prompt, strength
 
     # After a step ------------------------------------------------------------------------------------------------
 

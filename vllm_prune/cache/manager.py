@@ -30,6 +30,8 @@ class PruneManager(SingleTypeKVCacheManager):
         super().__init__(kv_cache_spec, block_pool, **kwargs)
         self.geometry = kv_cache_spec.geometry
         self.grants: dict[str, GrantLog] = {}
+        self.expected_keep: dict[str, float] = {}
+        """Kept fraction that a request of its own strength is planned with; the spec's for all others."""
         self._epochs = count(1)
 
     def get_num_blocks_to_allocate(
@@ -46,7 +48,8 @@ class PruneManager(SingleTypeKVCacheManager):
         grants = self.grants.get(request_id)
         if apply_admission_cap and (grants is None or grants.report is None):
             # Admission asks for the whole prompt at once: plan for its peak, thinned out as the checkpoint promises.
-            return self.kv_cache_spec.peak_blocks(num_tokens) - (grants.live if grants else 0)
+            planned = self.kv_cache_spec.peak_blocks(num_tokens, self.expected_keep.get(request_id))
+            return planned - (grants.live if grants else 0)
         if grants is None:
             return self.geometry.blocks_for(num_tokens)
         return max(grants.needed(self.geometry, num_tokens) - grants.live, 0)

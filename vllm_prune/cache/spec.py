@@ -41,9 +41,9 @@ class PruneSpec(FullAttentionSpec):
     def uses_slot_mapping(self) -> bool:
         return False
 
-    def peak_blocks(self, tokens: int) -> int:
-        """Planned most blocks of a request of ``tokens`` tokens."""
-        return self.geometry.peak_blocks(tokens, self.chunk_tokens, self.expected_keep)
+    def peak_blocks(self, tokens: int, keep: float | None = None) -> int:
+        """Planned most blocks of a request of ``tokens`` tokens. ``keep``: of what it keeps, if not ``expected_keep``."""
+        return self.geometry.peak_blocks(tokens, self.chunk_tokens, self.expected_keep if keep is None else keep)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         return self.peak_blocks(vllm_config.model_config.max_model_len) * self.page_size_bytes

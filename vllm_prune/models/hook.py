@@ -27,6 +27,7 @@ from vllm_prune.config import (
 )
 from vllm_prune.errors import PruneError
 from vllm_prune.gates import Reveal
+from vllm_prune.models.request_check import Served, is_check, name_check
 from vllm_prune.models.whole_prompt import need_whole_prompts
 
 if TYPE_CHECKING:
@@ -40,8 +41,9 @@ table, in reach of every lane for its longest request, weighs more than half a p
 
 OP = "vllm_prune::gated_attention"
 
-OPTIONS = {"strength": float, "record": bool, "keep": float}
-"""Server options: ``--additional-config '{"vllm_prune": {...}}'``."""
+OPTIONS = {"strength": float, "record": bool, "keep": float, "floor": float}
+"""Server options: ``--additional-config '{"vllm_prune": {...}}'``. ``floor``: kept fraction that no request may go below by its
+own wish (``requests.py``)."""
 
 
 def options_of(vllm_config: VllmConfig) -> dict[str, Any]:
@@ -65,12 +67,13 @@ def options_of(vllm_config: VllmConfig) -> dict[str, Any]:
             f"additional_config.vllm_prune.strength must lie in 0..{MAX_STRENGTH:g}, got {strength}.",
             "0 opens every gate, 1 is as trained.",
         )
-    keep = options.get("keep")
-    if keep is not None and not 0.0 < keep <= 1.0:
-        raise PruneError(
-            f"additional_config.vllm_prune.keep must lie in 0..1, above 0, got {keep}.",
-            "It is the share of keys to keep: 1 keeps all.",
-        )
+    for name in ("keep", "floor"):
+        share = options.get(name)
+        if share is not None and not 0.0 < share <= 1.0:
+            raise PruneError(
+                f"additional_config.vllm_prune.{name} must lie in 0..1, above 0, got {share}.",
+                "It is a share of the keys: 1 is all of them.",
+            )
     return options
 
 
@@ -120,6 +123,13 @@ def prepare_cuda(vllm_config: VllmConfig, section: DropGateConfig, served: Serve
         compilation.splitting_ops = [*ops, OP]
 
 
+def check_requests(vllm_config: VllmConfig, section: DropGateConfig, whole_prompt: bool) -> None:
+    """Have vLLM ask us about every request's parameters (``request_check``)."""
+    model, floor = vllm_config.model_config, options_of(vllm_config).get("floor", 0.0)
+    others = [name for name in model.logits_processors or () if not is_check(name)]
+    model.logits_processors = [*others, name_check(Served(section, floor, whole_prompt))]
+
+
 class GatedModelConfig(VerifyAndUpdateConfig):
     """See the module."""
 
@@ -133,10 +143,11 @@ class GatedModelConfig(VerifyAndUpdateConfig):
         load_gates(gate_file, section)
         check_calibration(gate_file, section)
         device = vllm_config.device_config.device_type
+        served = ServedGate.of(section)
+        check_requests(vllm_config, section, served.whole_prompt)
         if serves_stock(vllm_config):
             logger.info("vllm-prune: every gate is open (strength 0): the base is served as it is")
             return
-        served = ServedGate.of(section)
         if device == "cuda":
             prepare_cuda(vllm_config, section, served)
         if served.routes or served.reveal is Reveal.NONE:

@@ -98,7 +98,7 @@ def router_of(model: nn.Module) -> Router | None:
         return PromptRouter(gates, section)
     if isinstance(gates[0], RoutingGate):
         kind = PromptFactsRouter if gates[0].whole_prompt else GateRouter
-        return kind(gates, section.strength, section.protection)
+        return kind(gates, section.protection)
     return None
 
 
@@ -137,7 +137,7 @@ class GatedModelMixin:
         if ServedGate.of(section).reveal is Reveal.NONE:
             from vllm_prune.models.sparse import make_sparse
 
-            self.chooser = make_sparse(self, section.strength)  # type: ignore[arg-type]
+            self.chooser = make_sparse(self)  # type: ignore[arg-type]
         return loaded
 
 

@@ -26,12 +26,12 @@ class PromptRouter(Router):
 
     Args:
         gates: loaded, one a layer.
-        section: strength and protection, as served.
+        section: protection, as served; strengths are the requests'.
     """
 
     def __init__(self, gates: Sequence[PromptGate], section: DropGateConfig) -> None:
         super().__init__()
-        self.gates, self.strength, self.protection = gates, section.strength, section.protection
+        self.gates, self.protection = gates, section.protection
         self._left: np.ndarray | None = None
 
     def keep(
@@ -51,5 +51,6 @@ class PromptRouter(Router):
             scores = received(query[row.first : row.first + n], key, impl.scale)
             positions = torch.from_numpy(row.positions)
             gate: Any = self.gates[layer]
-            left[row.places] = gate.survives(scores, positions, row.prompt, self.strength, self.protection).numpy()
+            if row.strength > 0.0:
+                left[row.places] = gate.survives(scores, positions, row.prompt, row.strength, self.protection).numpy()
         self._left = left

@@ -28,6 +28,7 @@ class PromptRow:
         first: its first token in the call.
         places: int64 [N], its tokens in the step.
         positions: int64 [N], where they stand in the prompt, rising.
+        strength: of the request's gates.
     """
 
     slot: int
@@ -35,6 +36,7 @@ class PromptRow:
     first: int
     places: np.ndarray
     positions: np.ndarray
+    strength: float
 
 
 def prompt_lengths(step: PruneAttentionMetadata) -> np.ndarray:
@@ -70,4 +72,4 @@ def prompt_rows(call: PruneAttentionMetadata) -> Iterator[PromptRow]:
         prompt = int(prompt_lengths(step)[slot])
         n = int((at < prompt).sum())
         if n > 1:
-            yield PromptRow(slot, prompt, first, places[:n], at[:n])
+            yield PromptRow(slot, prompt, first, places[:n], at[:n], float(call.chunks.strengths[i]))

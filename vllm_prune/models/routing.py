@@ -21,7 +21,7 @@ from vllm.forward_context import get_forward_context
 
 from vllm_prune.attention.received import attention_received
 from vllm_prune.attention.state import Passed
-from vllm_prune.attention.subset import subset, token_places
+from vllm_prune.attention.subset import subset, token_places, token_strengths
 from vllm_prune.gates import Protection
 from vllm_prune.gates.routing import FACTS, RoutingGate
 
@@ -74,12 +74,12 @@ class GateRouter(Router):
 
     Args:
         gates: one a layer, loaded.
-        strength, protection: as served.
+        protection: as served; strengths are the requests'.
     """
 
-    def __init__(self, gates: Sequence[RoutingGate], strength: float, protection: Protection) -> None:
+    def __init__(self, gates: Sequence[RoutingGate], protection: Protection) -> None:
         super().__init__()
-        self.gates, self.strength, self.protection = gates, strength, protection
+        self.gates, self.protection = gates, protection
         self.keeps_kv = gates[0].keeps_kv
         self._always = [gate.always_runs for gate in gates]
 
@@ -90,9 +90,14 @@ class GateRouter(Router):
         if self._always[layer]:
             return None
         facts, prompts = self._facts(step), step.notes.get("prompts")
-        keep = self.gates[layer].runs_on(facts, self.strength, self.protection, prompts).numpy()
+        strengths = token_strengths(step)
+        keep = np.ones(len(strengths), np.bool_)
+        for strength in np.unique(strengths):
+            mine = torch.from_numpy(strengths == strength)
+            of = None if prompts is None else prompts[mine]
+            keep[mine.numpy()] = self.gates[layer].runs_on(facts[mine], float(strength), self.protection, of).numpy()
         step.notes["ran"] = keep
-        return keep  # type: ignore[no-any-return]
+        return keep
 
     @staticmethod
     def _facts(step: PruneAttentionMetadata) -> torch.Tensor:

@@ -21,7 +21,7 @@ from vllm.forward_context import get_forward_context
 
 from vllm_prune.attention.gated import GatedAttention
 from vllm_prune.attention.state import PruneAttentionMetadata
-from vllm_prune.attention.subset import token_places
+from vllm_prune.attention.subset import token_places, token_strengths
 from vllm_prune.compute.sparse import MLPWeights, add_rows, dot_rows, sparse_mlp
 from vllm_prune.gates.shadow_token import ShadowTokenGate
 
@@ -52,11 +52,10 @@ class Chooser:
     Args:
         gate: layer 0's, with the predictors.
         layer: layer 0's attention.
-        strength: of the choice.
     """
 
-    def __init__(self, gate: ShadowTokenGate, layer: GatedAttention, strength: float) -> None:
-        self.gate, self.layer, self.strength = gate, layer, strength
+    def __init__(self, gate: ShadowTokenGate, layer: GatedAttention) -> None:
+        self.gate, self.layer = gate, layer
         self.recorded: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
         """By request and position: groups [L, H], neurons [L, M] (option ``record``)."""
 
@@ -78,11 +77,12 @@ class Chooser:
         slots, positions = token_places(step)
         store = step.state.store
         assert store is not None
-        mine = positions >= store.lanes.prompt[slots]
+        strengths = token_strengths(step)
+        mine = (positions >= store.lanes.prompt[slots]) & (strengths > 0.0)
         places = torch.from_numpy(np.flatnonzero(mine))
         if not len(places):
             return
-        chosen, neurons = self.gate.choose(attended[places], self.strength)
+        chosen, neurons = self._choose(attended[places], strengths[mine])
         groups = torch.ones(len(mine), *chosen.shape[1:], dtype=torch.bool)
         groups[places] = chosen
         sparse = bool(mine.all()) and attended.shape[0] == len(mine) <= MOST_SPARSE
@@ -92,6 +92,18 @@ class Chooser:
             for i, place in enumerate(places.tolist()):
                 key = owner[int(slots[place])], int(positions[place])
                 self.recorded[key] = chosen[i].numpy().copy(), neurons[i].numpy().copy()
+
+    def _choose(self, attended: torch.Tensor, strengths: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Groups bool [R, L, H] and neurons bool [R, L, M] of tokens [R, H * G * D], each at its request's strength [R]."""
+        found = np.unique(strengths).tolist()
+        if len(found) == 1:
+            return self.gate.choose(attended, found[0])
+        parts = [(torch.from_numpy(strengths == x), x) for x in found]
+        made = [(mine, *self.gate.choose(attended[mine], x)) for mine, x in parts]
+        groups, neurons = (torch.empty(len(attended), *made[0][i].shape[1:], dtype=torch.bool) for i in (1, 2))
+        for mine, some, few in made:
+            groups[mine], neurons[mine] = some, few
+        return groups, neurons
 
 
 class ChoosingOut(nn.Module):
@@ -187,11 +199,11 @@ class SparseMLP(nn.Module):
         return self.dense.down_proj(hidden)[0]  # type: ignore[no-any-return]
 
 
-def make_sparse(model: nn.Module, strength: float) -> Chooser:
+def make_sparse(model: nn.Module) -> Chooser:
     """Replace the projections and MLPs of a loaded gated model, before vLLM packs its weights."""
     layers = [layer for layer in model.modules() if isinstance(getattr(layer, "self_attn", None), nn.Module)]
     first = layers[0].self_attn
-    chooser = Chooser(first.attn.drop_gate, first.attn, strength)  # type: ignore[union-attr,arg-type]
+    chooser = Chooser(first.attn.drop_gate, first.attn)  # type: ignore[union-attr,arg-type]
     first.o_proj = ChoosingOut(first.o_proj, chooser)  # type: ignore[arg-type,union-attr]
     for index, layer in enumerate(layers[1:], start=1):
         attention: Any = layer.self_attn

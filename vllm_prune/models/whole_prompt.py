@@ -16,11 +16,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's logger: only that one has a handler
 
-VALIDATOR = "vllm_prune.models.prompt_logprobs:NoPromptLogprobs"
-
 
 def need_whole_prompts(vllm_config: VllmConfig, method: str) -> None:
-    """Switch chunked prefill off, and refuse requests for prompt log-probabilities. ``method`` is its name in messages.
+    """Switch chunked prefill off. ``method`` is its name in messages.
 
     ``max_num_batched_tokens`` is raised to the longest request (and a decode of every other) where it is one of vLLM's
     defaults, which nobody asked for; vLLM does not tell what was given.
@@ -47,9 +45,6 @@ def need_whole_prompts(vllm_config: VllmConfig, method: str) -> None:
         scheduler.max_num_encoder_input_tokens = scheduler.max_num_batched_tokens
         scheduler.encoder_cache_size = scheduler.max_num_batched_tokens
     scheduler.enable_chunked_prefill = False
-    processors = list(model.logits_processors or ())
-    if VALIDATOR not in processors:
-        model.logits_processors = [*processors, VALIDATOR]
     logger.info(
         "vllm-prune: chunked prefill is switched off (%s gates decide about whole prompts), max_num_batched_tokens is %d; "
         "requests for prompt_logprobs will be refused", method, scheduler.max_num_batched_tokens,

@@ -1,0 +1,112 @@
+"""What one request may ask of the gates: fields ``prune.*`` of ``vllm_xargs`` (OpenAI API) or ``SamplingParams.extra_args``.
+
+Read twice with the same result: in the front end, where a bad value gets its request refused before it is queued
+(``models/request_check.py``), and in the engine core, which tells the worker (``connector.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_prune.config import MAX_STRENGTH, DropGateConfig
+from vllm_prune.errors import PruneError
+
+PREFIX = "prune."
+STRENGTH, KEEP, OFF = "prune.strength", "prune.keep", "prune.off"
+FIELDS = (STRENGTH, KEEP, OFF)
+
+
+class BadField(PruneError):
+    """A request's field has a wrong value. ``field``: its name."""
+
+    def __init__(self, field: str, problem: str, way_out: str) -> None:
+        super().__init__(f"{field} {problem}", way_out)
+        self.field = field
+
+    def __reduce__(self) -> tuple[type[BadField], tuple[str, str, str]]:  # type: ignore[override]
+        return type(self), (self.field, self.problem.removeprefix(self.field + " "), self.way_out)
+
+
+@dataclass(frozen=True)
+class RequestGates:
+    """How the gates treat one request.
+
+    Attributes:
+        strength: 0 opens every gate, 1 is as trained.
+        expected_keep: kept fraction that admission plans with.
+    """
+
+    strength: float
+    expected_keep: float
+
+
+def request_gates(asked: Mapping[str, Any] | None, section: DropGateConfig, floor: float = 0.0) -> RequestGates:
+    """What a request gets.
+
+    Args:
+        asked: ``extra_args`` of its sampling parameters; other fields than ``prune.*`` are none of ours.
+        section: as served.
+        floor: kept fraction that no request may go below by its own wish; 0 allows everything. What the server itself was
+            started with is never refused.
+
+    Raises:
+        BadField: an unknown field, a bad value, or two fields that exclude each other.
+    """
+    fields = {name: value for name, value in (asked or {}).items() if name.startswith(PREFIX)}
+    for name in fields:
+        if name not in FIELDS:
+            raise BadField(name, "is unknown.", f"Known: {', '.join(FIELDS)}.")
+    off = _flag(fields.get(OFF, False))
+    wanted = [name for name in (STRENGTH, KEEP) if name in fields] + ([OFF] if off else [])
+    if len(wanted) > 1:
+        raise BadField(wanted[0], f"and {wanted[1]} exclude each other.", "Give one.")
+    if not wanted:
+        return RequestGates(section.strength, section.expected_keep)
+    (field,) = wanted
+    found = section.at_strength(0.0 if off else _strength(fields, field, section))
+    if found.strength > 0.0 and section.strength == 0.0:
+        raise BadField(field, "cannot be met: this server was started with every gate open.",
+                       "Leave it out, or start the server with a strength above 0.")  # fmt: skip
+    if floor and found.strength > section.strength:
+        _check_floor(field, found, floor)
+    return RequestGates(found.strength, found.expected_keep)
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool | int) or value not in (0, 1):
+        raise BadField(OFF, f"must be true or false, got {value!r}.", "true opens every gate for the request.")
+    return bool(value)
+
+
+def _strength(fields: Mapping[str, Any], field: str, section: DropGateConfig) -> float:
+    value = fields[field]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise BadField(field, f"must be a number, got {value!r}.", "Correct it.")
+    if field == STRENGTH:
+        if not 0.0 <= value <= MAX_STRENGTH:
+            raise BadField(
+                field, f"must lie in 0..{MAX_STRENGTH:g}, got {value:g}.", "0 opens every gate, 1 is as trained."
+            )
+        return float(value)
+    if not 0.0 < value <= 1.0:
+        raise BadField(field, f"must lie in 0..1, above 0, got {value:g}.", "It is the share of keys to keep.")
+    try:
+        return section.strength_for(float(value))
+    except PruneError as error:
+        raise BadField(field, f"cannot be met: {error.problem}", error.way_out) from None
+
+
+def _check_floor(field: str, found: DropGateConfig, floor: float) -> None:
+    """Of a request that wants more dropped than the server does by itself."""
+    if found.calibration is None:
+        raise BadField(field, "asks for a greater strength than the server's, whose kept fraction is not known here.",
+                       "Ask for less, calibrate the checkpoint, or start the server without a floor.")  # fmt: skip
+    if found.expected_keep < floor:
+        raise BadField(
+            field,
+            f"would keep {found.expected_keep:.4g} of the keys, below this server's floor of {floor:g}.",
+            "Ask for less.",
+        )
