@@ -138,12 +138,14 @@ def save_gated(
     return folder
 
 
-def preempted(llm: Any, token_prompts: list[Any], tokens: int, after: tuple[int, ...] = (4, 15)) -> list[Any]:
+def preempted(
+    llm: Any, token_prompts: list[Any], tokens: int, after: tuple[int, ...] = (4, 15), **more: Any
+) -> list[Any]:
     """Greedy outputs, in the prompts' order, of requests that are all thrown out ``after`` some steps."""
     from vllm import SamplingParams
 
     core = llm.llm_engine
-    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, **more)
     for index, prompt in enumerate(token_prompts):
         core.add_request(f"again{index}", prompt, params)  # records are by name: none that "generate" gives
     done: list[Any] = []

@@ -182,6 +182,7 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
         total = report.held + report.dropped
         return {
             "vllm_prune": {
+                "strength": self._gates[request.request_id].strength,
                 "tokens": report.covered,
                 "kept_fraction": report.held / total if total else 1.0,
                 "keys_held": report.held,
