@@ -43,7 +43,7 @@ def _first(q0, k, born, begin, count, start, scale, bias, sinks, window, stride,
 
 @triton.jit(do_not_specialize=["layer"])
 def _crossing(
-    table, length, position, expiry, kv, row_slot, first, row_start, features, chunk, biases, scale, sinks, window, layer,
+    table, length, position, expiry, kv, row_slot, first, row_start, features, chunk, biases, shift, scale, sinks, window, layer,
     stride, lanes, W, total,
     PER_LAYER: tl.constexpr, H: tl.constexpr, E: tl.constexpr, N: tl.constexpr, NG: tl.constexpr, PAGE: tl.constexpr,
     R: tl.constexpr, WIDE: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, SPLITS: tl.constexpr,
@@ -56,7 +56,7 @@ def _crossing(
     begin = tl.load(first + row)
     count = tl.load(first + row + 1) - begin
     start = tl.load(row_start + row)
-    bias = tl.load(biases + unit)
+    bias = tl.load(biases + unit) + tl.load(shift + slot)
     lane = slot * lanes + layer * PER_LAYER + unit
     past = tl.load(length + lane)
     gate = slot * lanes + layer * PER_LAYER + H + unit
@@ -106,7 +106,7 @@ def crossing(
         rows: of the step; ``layer``: 0 to L - 1.
         features: [T, 2 E r], q' of each unit, then k' of each.
         chunk: int32 [E, T], filled for tokens of rows.
-        scale: of the dot products; biases: float32 [E].
+        scale: of the dot products; biases: float32 [E], to which each request's shift comes.
         sinks, window: protected keys, in tokens.
         splits: programs a row and unit.
         most_tokens: the most tokens a row has.
@@ -120,7 +120,7 @@ def crossing(
         )
     _crossing[(rows.count, s.units, splits)](
         lanes.table, lanes.length, lanes.position, lanes.expiry, kv, rows.slot, rows.first, rows.start, features, chunk, biases,
-        scale, sinks, window, layer, features.stride(0), s.lanes, s.width, chunk.shape[1],
+        lanes.shift, scale, sinks, window, layer, features.stride(0), s.lanes, s.width, chunk.shape[1],
         PER_LAYER=s.per_layer, H=s.heads, E=s.units, N=s.page_tokens, NG=s.gate_page_tokens, PAGE=s.page_numbers,
         R=s.gate_rank, WIDE=max(16, triton.next_power_of_2(s.gate_rank)), KEYS=KEYS, QUERIES=16 if most_tokens == 1 else 64,
         SPLITS=splits, WIDEN=INTERPRETED, NEVER=NEVER,
@@ -140,6 +140,7 @@ def crossing_naive(
         for unit in range(s.units):
             q = features[begin:end, unit * s.gate_rank : (unit + 1) * s.gate_rank].float()
             own = features[begin:end, (s.units + unit) * s.gate_rank : (s.units + unit + 1) * s.gate_rank].float()
+            bias = float(biases[unit] + lanes.shift[slot])
             lane = layer * s.per_layer + unit
             places = [place(lanes, slot, lane, j) for j in range(int(lanes.length[slot, lane]))]
             keys = [(int(lanes.position[at]), gate_key(lanes, kv, slot, layer, unit, j)) for j, at in enumerate(places)]
@@ -148,7 +149,7 @@ def crossing_naive(
                 found = NEVER
                 for i in range(end - begin):
                     n = start + i
-                    if n - born > window and born >= sinks and float(q[i] @ k) * scale + float(biases[unit]) <= 0.0:
+                    if n - born > window and born >= sinks and float(q[i] @ k) * scale + bias <= 0.0:
                         found = n
                         break
                 if index < len(places):

@@ -80,6 +80,8 @@ class Lanes:
         live_start, gone_start: int32 [S, G + 1], lane_start: int32 [S, Z], scratch of planning and packing.
         slot_of_block: int32 [B], -1 unless the block is the first of a request.
         dropped: int32 [S, L, E].
+        shift: float32 [S], limit: int64 [S], delay: int32 [S]: how the gates decide for each request: what its strength adds to
+            biases (DCP) or the threshold of logits (DMS); the hashes below which keys live; tokens until an expiry.
         error: int32 [1], set when a request ran out of granted pages.
         recorded: int32 [S, L, E, T], expiries of a request's keys, where drops are recorded; else [0].
     """
@@ -103,6 +105,9 @@ class Lanes:
     lane_start: torch.Tensor
     slot_of_block: torch.Tensor
     dropped: torch.Tensor
+    shift: torch.Tensor
+    limit: torch.Tensor
+    delay: torch.Tensor
     error: torch.Tensor
     recorded: torch.Tensor
 
@@ -120,7 +125,8 @@ class Lanes:
             full(0, *slots), full(0, *slots), full(0, *slots), full(-1, s.pages), full(0, s.pages),
             full(0, s.blocks, s.block_pages), full(0, s.blocks), full(0, s.slots, s.grants), full(0, s.slots, s.grants),
             full(0, s.slots), full(0, s.slots, s.grants + 1), full(0, s.slots, s.grants + 1), full(0, s.slots, s.lanes),
-            full(-1, s.blocks), full(0, s.slots, s.layers, s.units), full(0, 1),
+            full(-1, s.blocks), full(0, s.slots, s.layers, s.units),
+            torch.zeros(s.slots, device=device), full(0, s.slots).long(), full(0, s.slots), full(0, 1),
             full(NEVER, s.slots, s.layers, s.units, record_tokens) if record_tokens else full(0, 0),
         )  # fmt: skip
 
@@ -143,7 +149,7 @@ def bytes_per_page(sizes: Sizes) -> int:
 def fixed_bytes(sizes: Sizes) -> int:
     """Bookkeeping that does not grow with the pool."""
     s = sizes
-    return 4 * s.slots * (s.lanes * (s.width + 3) + 4 * s.grants + s.layers * s.units)
+    return 4 * s.slots * (s.lanes * (s.width + 3) + 4 * s.grants + s.layers * s.units + 4)
 
 
 def to_device(rows: list[tuple[int, ...]] | list[int], columns: int, device: torch.device) -> torch.Tensor:

@@ -29,7 +29,7 @@ def _mix(x):
 
 @triton.jit(do_not_specialize=["layer"])
 def _delayed(
-    table, length, position, expiry, row_slot, first, row_start, features, chunk, threshold, delay, sinks, layer, stride, lanes,
+    table, length, position, expiry, row_slot, first, row_start, features, chunk, shift, delays, sinks, layer, stride, lanes,
     W, total, PER_LAYER: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr, NEVER: tl.constexpr,
 ):  # fmt: skip
     row, unit = tl.program_id(0), tl.program_id(1)
@@ -39,6 +39,7 @@ def _delayed(
     begin = tl.load(first + row)
     count = tl.load(first + row + 1) - begin
     start = tl.load(row_start + row)
+    threshold, delay = tl.load(shift + slot), tl.load(delays + slot)
     if tl.program_id(2) == 0:
         lane = slot * lanes + layer * PER_LAYER + unit
         newest = tl.load(length + lane) - 1
@@ -56,11 +57,13 @@ def _delayed(
 
 @triton.jit
 def _at_write(
-    row_slot, first, row_start, chunk, salts, limit, delay, sinks, total, TILE: tl.constexpr, NEVER: tl.constexpr
+    row_slot, first, row_start, chunk, salts, limits, delays, sinks, total, TILE: tl.constexpr, NEVER: tl.constexpr
 ):  # fmt: skip
     row, unit = tl.program_id(0), tl.program_id(1)
-    if tl.load(row_slot + row) < 0:
+    slot = tl.load(row_slot + row).to(tl.int64)
+    if slot < 0:
         return
+    limit, delay = tl.load(limits + slot), tl.load(delays + slot)
     begin = tl.load(first + row)
     count = tl.load(first + row + 1) - begin
     i = tl.program_id(2) * TILE + tl.arange(0, TILE)
@@ -72,36 +75,36 @@ def _at_write(
 
 
 def delayed(
-    lanes: Lanes, rows: Rows, layer: int, features: torch.Tensor, chunk: torch.Tensor, threshold: float, delay: int, sinks: int,
-    most_tokens: int,
+    lanes: Lanes, rows: Rows, layer: int, features: torch.Tensor, chunk: torch.Tensor, sinks: int, most_tokens: int,
 ) -> None:  # fmt: skip
-    """DMS's decisions of a step.
+    """DMS's decisions of a step: a logit above the request's ``shift`` evicts, after its ``delay``.
 
     Args:
         rows: of the step; ``layer``: 0 to L - 1.
         features: [T, F], the first E of which are logits.
         chunk: int32 [E, T], filled for tokens of rows.
-        threshold: a logit above it evicts; delay: w; sinks: protected keys.
+        sinks: protected keys.
         most_tokens: the most tokens a row has.
     """
     s = lanes.sizes
     if rows.count:
         _delayed[(rows.count, s.units, triton.cdiv(most_tokens, TILE))](
             lanes.table, lanes.length, lanes.position, lanes.expiry, rows.slot, rows.first, rows.start, features, chunk,
-            threshold, delay, sinks, layer, features.stride(0), s.lanes, s.width, chunk.shape[1],
+            lanes.shift, lanes.delay, sinks, layer, features.stride(0), s.lanes, s.width, chunk.shape[1],
             PER_LAYER=s.per_layer, N=s.page_tokens, TILE=TILE, NEVER=NEVER,
         )  # fmt: skip
 
 
 def at_write(
-    lanes: Lanes, rows: Rows, chunk: torch.Tensor, salts: torch.Tensor, limit: int, delay: int, sinks: int, most_tokens: int
+    lanes: Lanes, rows: Rows, chunk: torch.Tensor, salts: torch.Tensor, sinks: int, most_tokens: int
 ) -> None:  # fmt: skip
-    """Expiries of the step's own keys, known when they are written. salts: int64 [E]; limit: 0 lets every key expire, 2^32
-    none. Others as for ``delayed``."""
+    """Expiries of the step's own keys, known when they are written: after the request's ``delay``, but for hashes below its
+    ``limit`` (0 lets every key expire, 2^32 none). salts: int64 [E]. Others as for ``delayed``."""
     if rows.count:
         _at_write[(rows.count, lanes.sizes.units, triton.cdiv(most_tokens, TILE))](
-            rows.slot, rows.first, rows.start, chunk, salts, limit, delay, sinks, chunk.shape[1], TILE=TILE, NEVER=NEVER
-        )
+            rows.slot, rows.first, rows.start, chunk, salts, lanes.limit, lanes.delay, sinks, chunk.shape[1], TILE=TILE,
+            NEVER=NEVER,
+        )  # fmt: skip
 
 
 def mix_naive(x: int) -> int:
@@ -113,14 +116,16 @@ def mix_naive(x: int) -> int:
     return x ^ x >> 16
 
 
-def delayed_naive(lanes: Lanes, rows: Rows, layer: int, features: torch.Tensor, chunk: torch.Tensor, threshold: float, delay: int,
-                  sinks: int) -> None:  # fmt: skip
+def delayed_naive(
+    lanes: Lanes, rows: Rows, layer: int, features: torch.Tensor, chunk: torch.Tensor, sinks: int
+) -> None:
     """``delayed``, token by token."""
     s = lanes.sizes
     for row, slot in enumerate(rows.slot.tolist()):
         if slot < 0:
             continue
         begin, end, start = int(rows.first[row]), int(rows.first[row + 1]), int(rows.start[row])
+        threshold, delay = float(lanes.shift[slot]), int(lanes.delay[slot])
         for unit in range(s.units):
             lane = layer * s.per_layer + unit
             newest = int(lanes.length[slot, lane]) - 1
@@ -133,14 +138,13 @@ def delayed_naive(lanes: Lanes, rows: Rows, layer: int, features: torch.Tensor, 
                 chunk[unit, begin + i] = start + i + 1 + delay if says else NEVER
 
 
-def at_write_naive(
-    lanes: Lanes, rows: Rows, chunk: torch.Tensor, salts: torch.Tensor, limit: int, delay: int, sinks: int
-) -> None:
+def at_write_naive(lanes: Lanes, rows: Rows, chunk: torch.Tensor, salts: torch.Tensor, sinks: int) -> None:
     """``at_write``, token by token."""
     for row, slot in enumerate(rows.slot.tolist()):
         if slot < 0:
             continue
         begin, end, start = int(rows.first[row]), int(rows.first[row + 1]), int(rows.start[row])
+        limit, delay = int(lanes.limit[slot]), int(lanes.delay[slot])
         for unit in range(lanes.sizes.units):
             for i in range(end - begin):
                 p = start + i

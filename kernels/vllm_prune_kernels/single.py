@@ -31,16 +31,14 @@ class Decision:
 
     Attributes:
         kind: one of the above.
-        number: scale of the dot products, or the threshold of logits.
         constants: biases float32 [E], or salts int64 [E]; anything where neither is wanted.
-        limit: of hashes; delay: until an expiry; sinks, window: protected keys. As for ``crossing`` and ``marks``.
+        scale: of the dot products.
+        sinks, window: protected keys. As for ``crossing`` and ``marks``; the rest is each request's own (``Lanes.shift``).
     """
 
     kind: int
     constants: torch.Tensor
-    number: float = 0.0
-    limit: int = 0
-    delay: int = 0
+    scale: float = 0.0
     sinks: int = 0
     window: int = 0
 
@@ -88,10 +86,10 @@ def _pair_listed(
     tl.store(expiry + where, dies, mask=stays)
 
 
-@triton.jit(do_not_specialize=["layer", "layers", "most", "limit"])
+@triton.jit(do_not_specialize=["layer", "layers", "most"])
 def _single(
     table, length, position, expiry, link, dropped, recorded, kv, row_slot, first, row_start, key, value, features, constants,
-    arrivals, deaths, dead, scale, limit, delay, sinks, window, layer, layers, lanes, W, most, key_stride, value_stride,
+    shift, limits, delays, arrivals, deaths, dead, scale, sinks, window, layer, layers, lanes, W, most, key_stride, value_stride,
     feature_stride,
     KIND: tl.constexpr, PER_LAYER: tl.constexpr, H: tl.constexpr, E: tl.constexpr, N: tl.constexpr, NG: tl.constexpr,
     D: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr, LANES: tl.constexpr,
@@ -110,9 +108,10 @@ def _single(
     x, o = tl.arange(0, RANK), tl.arange(0, KEYS)
     if KIND == 1:
         q = tl.load(features + token * feature_stride + unit * R + x, mask=x < R, other=0.0).to(tl.float32)
-        bias = tl.load(constants + unit)
+        bias = tl.load(constants + unit) + tl.load(shift + slot)
     if KIND == 2:
         says = tl.load(features + token * feature_stride + unit).to(tl.float32)
+        threshold, delay = tl.load(shift + slot), tl.load(delays + slot)
     for tile in range(split, (old + KEYS - 1) // KEYS, SPLITS):
         j = tile * KEYS + o
         ok = j < old
@@ -132,7 +131,7 @@ def _single(
             newest = j == old - 1
             marked = (
                 newest
-                & (tl.where(newest, says, scale) > scale)
+                & (tl.where(newest, says, threshold) > threshold)
                 & (tl.load(position + at, mask=newest, other=0) >= sinks)
             )
             dies = tl.where(marked, start + delay, dies)
@@ -192,9 +191,9 @@ def _single(
             tl.store(into, g, mask=is_gate)
         dies = NEVER
         if KIND == 3:
-            salt = tl.load(constants + unit).to(tl.uint32)
+            salt, limit = tl.load(constants + unit).to(tl.uint32), tl.load(limits + slot)
             lives = (start < sinks) | (_mix(_mix(start.to(tl.uint32)) ^ salt).to(tl.int64) < limit)
-            dies = tl.where(lives, NEVER, start + 1 + delay)
+            dies = tl.where(lives, NEVER, start + 1 + tl.load(delays + slot))
         at = tl.load(table + lane * W + left // N).to(tl.int64) * N + left % N
         tl.store(position + at, start)
         tl.store(expiry + at, dies)
@@ -225,10 +224,11 @@ def single(
     gate = key if features is None else features
     _single[(rows.count, s.units, splits)](
         lanes.table, lanes.length, lanes.position, lanes.expiry, lanes.link, lanes.dropped, lanes.recorded, kv, rows.slot,
-        rows.first, rows.start, key, value, gate, rule.constants, meeting.arrivals, meeting.deaths, meeting.dead, rule.number,
-        rule.limit, rule.delay, rule.sinks, rule.window, layer, s.layers, s.lanes, s.width, lanes.record_tokens, key.stride(0),
-        value.stride(0), gate.stride(0), KIND=rule.kind, PER_LAYER=s.per_layer, H=s.heads, E=s.units, N=s.page_tokens,
-        NG=s.gate_page_tokens, D=s.head_size, R=s.gate_rank, RANK=max(16, triton.next_power_of_2(s.gate_rank)),
+        rows.first, rows.start, key, value, gate, rule.constants, lanes.shift, lanes.limit, lanes.delay, meeting.arrivals,
+        meeting.deaths, meeting.dead, rule.scale, rule.sinks, rule.window, layer, s.layers, s.lanes, s.width,
+        lanes.record_tokens, key.stride(0), value.stride(0), gate.stride(0),
+        KIND=rule.kind, PER_LAYER=s.per_layer, H=s.heads, E=s.units, N=s.page_tokens, NG=s.gate_page_tokens, D=s.head_size,
+        R=s.gate_rank, RANK=max(16, triton.next_power_of_2(s.gate_rank)),
         WIDE=triton.next_power_of_2(max(2 * s.head_size, s.gate_rank)), PAGE=s.page_numbers,
         LANES=triton.next_power_of_2(s.per_layer // (1 if s.units == 1 else s.heads)), KEYS=KEYS, LISTED=LISTED, SPLITS=splits,
         NEVER=NEVER,

@@ -121,7 +121,9 @@ def test_wrong_wishes_are_refused_and_the_engine_goes_on(tmp_path):
 def test_a_floor_and_open_servers(tmp_path):
     folder = folder_of("dcp", tmp_path)
     with engine(folder, additional_config={"vllm_prune": {"floor": 0.3}}) as llm:
-        with pytest.raises(VLLMValidationError, match="greater strength than the server's, whose kept fraction is not known"):
+        with pytest.raises(
+            VLLMValidationError, match="greater strength than the server's, whose kept fraction is not known"
+        ):
             llm.generate(prompts([8]), greedy({"prune.strength": 2.0}), use_tqdm=False)
         assert llm.generate(prompts([8]), greedy({"prune.strength": 1.0}), use_tqdm=False)
     with engine(folder, additional_config={"vllm_prune": {"strength": 0.0}}) as llm:

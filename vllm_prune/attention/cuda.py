@@ -40,16 +40,16 @@ class PruneCUDAImpl(GatedImpl):
 
     def attach(self, state: DeviceState, index: int) -> None:
         self.state, self.index, self.serving = state, index, state.serving
-        rule, served = self.rule, state.serving
+        rule, served = self.rule_at(1.0), state.serving  # strengths are the requests': see ``DeviceStore``
         nothing = torch.zeros(served.num_units, dtype=torch.int32, device=state.device)
-        if isinstance(rule, QueryRule):
+        if isinstance(rule, QueryRule):  # at strength 1 biases are the gate's own
             biases = torch.from_numpy(rule.biases).to(state.device)
-            self._decision = Decision(QUERY, biases, rule.scale, sinks=served.sinks, window=served.window)
+            self._decision = Decision(QUERY, biases, rule.scale, served.sinks, served.window)
         elif isinstance(rule, DelayRule):
-            self._decision = Decision(DELAYED, nothing, rule.threshold, delay=rule.delay, sinks=served.sinks)
+            self._decision = Decision(DELAYED, nothing, sinks=served.sinks)
         elif isinstance(rule, WriteRule):
             salts = torch.from_numpy(rule.salts.astype("int64")).to(state.device)
-            self._decision = Decision(WRITE, salts, limit=rule.limit, delay=rule.delay, sinks=served.sinks)
+            self._decision = Decision(WRITE, salts, sinks=served.sinks)
         else:
             self._decision = Decision(OPEN, nothing)
 
@@ -120,10 +120,10 @@ class PruneCUDAImpl(GatedImpl):
         lanes = state.store.lanes
         if rule.kind == QUERY:
             assert features is not None
-            crossing(lanes, state.store.kv, rows, self.index, features, state.chunk, rule.number, rule.constants, rule.sinks,
+            crossing(lanes, state.store.kv, rows, self.index, features, state.chunk, rule.scale, rule.constants, rule.sinks,
                      rule.window, self._splits(m), most)  # fmt: skip
         elif rule.kind == DELAYED:
             assert features is not None
-            delayed(lanes, rows, self.index, features, state.chunk, rule.number, rule.delay, rule.sinks, most)
+            delayed(lanes, rows, self.index, features, state.chunk, rule.sinks, most)
         elif rule.kind == WRITE:
-            at_write(lanes, rows, state.chunk, rule.constants, rule.limit, rule.delay, rule.sinks, most)
+            at_write(lanes, rows, state.chunk, rule.constants, rule.sinks, most)

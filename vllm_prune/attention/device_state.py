@@ -7,6 +7,7 @@ the step's own keys, scratch. Letters: R rows, T tokens of a step, E eviction un
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ from vllm_prune_kernels.prefill import list_width
 from vllm_prune_kernels.rows import Rows
 from vllm_prune_kernels.single import Meeting
 
+from vllm_prune.attention.serving import knobs_of
 from vllm_prune.attention.step_state import StepState, Told
 from vllm_prune.cache.device_store import DeviceStore, sizes_of
 from vllm_prune.cache.spec import PruneSpec
@@ -80,7 +82,8 @@ class DeviceState(StepState):
             layer.impl.reserved = None  # type: ignore[attr-defined]
         self.store = DeviceStore(
             self.spec.geometry, self.max_requests, self.max_tokens, views[0].shape[0], self.serving.num_units,
-            self.spec.max_grants(self.max_tokens), self.device, self.record,
+            self.spec.max_grants(self.max_tokens), self.device,
+            partial(knobs_of, self.layers[0].drop_gate, self.layers[0].section), self.record,  # type: ignore[arg-type]
         )  # fmt: skip
         self.store.bind(views)
 

@@ -117,6 +117,32 @@ class RequestRule:
     strength: float
 
 
+@dataclass(frozen=True)
+class Knobs:
+    """What a strength changes in the rules above, for all layers alike.
+
+    Attributes:
+        shift: added to the biases of a ``QueryRule``, or the threshold of a ``DelayRule``; infinite where gates are open.
+        limit: of a ``WriteRule``.
+        delay: of a ``DelayRule`` or ``WriteRule``.
+    """
+
+    shift: float
+    limit: int
+    delay: int
+
+
+def knobs_of(gate: Gate, section: DropGateConfig, strength: float) -> Knobs:
+    """Of DCP, DMS, window and random gates at a strength; 0 opens them."""
+    window, is_open = section.protect.window, strength == 0.0
+    if isinstance(gate, WindowGate):
+        return Knobs(0.0, 2**32 if is_open else 0, max(0 if is_open else gate.window_at(strength), window))
+    if isinstance(gate, RandomGate):
+        return Knobs(0.0, 2**32 if is_open else gate.limit(strength), max(gate.delay, window))
+    delay = max(gate.delay, window) if isinstance(gate, DMSGate) else 0
+    return Knobs(decision_shift(strength) * gate.unit, 0, delay)
+
+
 Rule = QueryRule | DelayRule | WriteRule | RequestRule | BoundaryRule
 
 
@@ -130,16 +156,14 @@ def rule_of(gate: Gate, section: DropGateConfig, strength: float | None = None) 
     if isinstance(gate, BoundaryGate):
         rule = gate.rule(strength, section.protection)
         return rule if rule.drops else None
-    shift = decision_shift(strength) * gate.unit
+    knobs = knobs_of(gate, section, strength)
     if isinstance(gate, DCPGate):
-        biases = gate.beta.float().cpu().reshape(-1).numpy() + np.float32(shift)
+        biases = gate.beta.float().cpu().reshape(-1).numpy() + np.float32(knobs.shift)
         return QueryRule(1.0 / math.sqrt(gate.unit_rank), biases.astype(np.float32))
     if isinstance(gate, DMSGate):
-        return DelayRule(shift, max(gate.delay, section.protect.window))
+        return DelayRule(knobs.shift, knobs.delay)
     if isinstance(gate, WindowGate):
-        delay = max(gate.window_at(strength), section.protect.window)
-        return WriteRule(np.zeros(1, np.uint32), 0, delay)
+        return WriteRule(np.zeros(1, np.uint32), knobs.limit, knobs.delay)
     if isinstance(gate, RandomGate):
-        salts = gate.salts().cpu().numpy().astype(np.uint32)
-        return WriteRule(salts, gate.limit(strength), max(gate.delay, section.protect.window))
+        return WriteRule(gate.salts().cpu().numpy().astype(np.uint32), knobs.limit, knobs.delay)
     raise NotImplementedError(f"gate method {gate.method} cannot be served yet")

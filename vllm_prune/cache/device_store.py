@@ -23,6 +23,9 @@ from vllm_prune.cache.grants import LaneReport
 from vllm_prune.cache.views import layers_in_one
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vllm_prune.attention.serving import Knobs
     from vllm_prune.connector import StepGrant
 
 
@@ -77,16 +80,18 @@ class DeviceStore:
         units: E, eviction units a layer.
         max_grants: most grants one request's log may list; near it nothing is given back until the request ends.
         device: of the KV cache.
+        knobs: what a strength changes in the gates' rules.
         record: keep the expiry of every key that is dropped (tests).
     """
 
     def __init__(
         self, geometry: LaneGeometry, max_requests: int, max_tokens: int, num_blocks: int, units: int, max_grants: int,
-        device: torch.device, record: bool = False,
+        device: torch.device, knobs: Callable[[float], Knobs], record: bool = False,
     ) -> None:  # fmt: skip
         self.geometry, self.num_blocks, self.units, self.device, self.record = (
             geometry, num_blocks, units, device, record,
         )  # fmt: skip
+        self.knobs = knobs
         self.shrink_limit = max_grants - geometry.blocks_for(max_tokens)
         sizes = sizes_of(geometry, max_requests, max_tokens, num_blocks, units)
         self.lanes = Lanes.make(sizes, device, record_tokens=max_tokens if record else 0)
@@ -111,6 +116,7 @@ class DeviceStore:
         news: list[tuple[int, ...]] = []
         plans: list[tuple[int, ...]] = []
         closes: list[tuple[int, ...]] = []
+        fresh: list[tuple[float, ...]] = []
         for req_id in ended:
             self._forget(req_id, gone)
         for req_id, given in grants.items():
@@ -122,6 +128,8 @@ class DeviceStore:
                 if not given.new_blocks:
                     raise RuntimeError(f"vllm-prune: request {req_id} starts without blocks")
                 state = self.slots[req_id] = DeviceSlot(self._free_slots.pop(), given.epoch, given.new_blocks[0])
+                knobs = self.knobs(given.strength)
+                fresh.append((state.slot, knobs.shift, knobs.limit, knobs.delay))
                 if self.record:
                     self.events.add((req_id, given.epoch))
             for rank, block in enumerate(given.new_blocks):
@@ -129,12 +137,24 @@ class DeviceStore:
             state.seen += len(given.new_blocks)
             plans.append((state.slot, given.tokens, len(given.new_blocks)))
             closes.append(self._close_row(state, given))
+        self._set_knobs(fresh)
         tables = self._send([(gone, 2), (news, 4), (plans, 3), (closes, 4)])
         forget(self.lanes, tables[0])
         grant(self.lanes, tables[1])
         most = max((given.tokens for given in grants.values()), default=0)
         plan(self.lanes, tables[2], most)
         self._closing = (tables[3], most, grants) if grants else None
+
+    def _set_knobs(self, fresh: list[tuple[float, ...]]) -> None:
+        """Slot, shift, limit and delay of requests that begin: float64 holds all of them exactly."""
+        if not fresh:
+            return
+        table = torch.tensor(fresh, dtype=torch.float64)
+        if self.device.type == "cuda":
+            table = table.pin_memory().to(self.device, non_blocking=True)
+        slots = table[:, 0].long()
+        for column, into in enumerate((self.lanes.shift, self.lanes.limit, self.lanes.delay), start=1):
+            into.index_copy_(0, slots, table[:, column].to(into.dtype))
 
     def _close_row(self, state: DeviceSlot, given: StepGrant) -> tuple[int, ...]:
         """See ``close``: how far the scheduler may have gone when it reads this step's report."""

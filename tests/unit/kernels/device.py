@@ -46,6 +46,7 @@ class Pool:
         self.sizes, self.fast, self.method = s, fast, method
         self.device = DEVICE if fast else "cpu"
         self.lanes = Lanes.make(s, self.device, record_tokens=record)
+        self.set_knobs()
         self.kv = torch.full((s.pages, s.page_numbers), float("nan"), dtype=dtype, device=self.device)
         self.requests: dict[int, Request] = {}
         self.free = list(range(1, s.blocks))
@@ -79,6 +80,17 @@ class Pool:
             grant_naive(self.lanes, tables[1])
             plan_naive(self.lanes, tables[2])
 
+    def set_knobs(self) -> None:
+        """Each slot decides in its own way; gates of the last are open."""
+        slots = torch.arange(self.sizes.slots)
+        base = {"dcp": 0.0, "dms": 0.4}.get(self.method, 0.0)
+        shift = base - 0.125 * slots
+        shift[-1] = float("inf")
+        limit = (slots + 1) * 2**30
+        limit[-1] = 2**32
+        for into, values in ((self.lanes.shift, shift), (self.lanes.limit, limit), (self.lanes.delay, 7 + slots)):
+            into.copy_(values)
+
     def rows(self, step: dict[int, int], padding: int = 1) -> Rows:
         """Rows of the step, with padding behind them."""
         first = torch.tensor([0, *step.values()], dtype=torch.int32).cumsum(0).int()
@@ -101,8 +113,8 @@ class Pool:
             constants = rule["biases" if self.method == "dcp" else "salts"].to(self.device)
             decision = {
                 "dcp": Decision(QUERY, constants, 0.25, sinks=2, window=3),
-                "dms": Decision(DELAYED, constants, 0.4, delay=7, sinks=1),
-            }.get(self.method, Decision(WRITE, constants, limit=2**31, delay=9, sinks=1))
+                "dms": Decision(DELAYED, constants, sinks=1),
+            }.get(self.method, Decision(WRITE, constants, sinks=1))
             single(self.lanes, self.kv, rows, layer, decision, key, value, features, self.meeting, 3)
             self.singles += 1
             return chunk
@@ -110,10 +122,10 @@ class Pool:
             args = (self.lanes, self.kv, rows, layer, features, chunk, 0.25, rule["biases"].to(self.device), 2, 3)
             crossing(*args, splits=3, most_tokens=most) if self.fast else crossing_naive(*args)
         elif self.method == "dms":
-            args = (self.lanes, rows, layer, features, chunk, 0.4, 7, 1)
+            args = (self.lanes, rows, layer, features, chunk, 1)
             delayed(*args, most) if self.fast else delayed_naive(*args)
         else:
-            args = (self.lanes, rows, chunk, rule["salts"].to(self.device), 2**31, 9, 1)
+            args = (self.lanes, rows, chunk, rule["salts"].to(self.device), 1)
             at_write(*args, most) if self.fast else at_write_naive(*args)
         gate = features if s.gate_rank else None
         if self.fast:
