@@ -24,6 +24,7 @@ from vllm_prune.requests import RequestGates, request_gates
 
 if TYPE_CHECKING:
     import torch
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import KVConnectorOutput
@@ -136,6 +137,8 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
         assert self._manager is not None
         ended = {*scheduler_output.finished_req_ids, *(scheduler_output.preempted_req_ids or ())}
         meta = PruneMetadata(ended=sorted(ended))
+        if scheduler_output.preempted_req_ids and self._manager.over_plan():
+            self._manager.tally.add("bad_plan_preemptions", len(scheduler_output.preempted_req_ids))
         computed = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
         cached = scheduler_output.scheduled_cached_reqs
         computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
@@ -163,6 +166,32 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
                 for report in told:
                     self._manager.accept(req_id, report)
 
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        """Called once a step, on either side."""
+        from vllm_prune.metrics import PruneStats
+
+        if self._state is not None:
+            seconds, self._state.seconds = self._state.seconds, {}
+            return PruneStats({f"seconds_{name}": value for name, value in seconds.items()}) if seconds else None
+        if self._manager is None:
+            return None
+        return self._manager.tally.take(self._manager.grants.values())
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        from vllm_prune.metrics import PruneStats
+
+        return PruneStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: dict[Any, Any], labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics:  # fmt: skip
+        from vllm_prune.metrics import PruneMetrics
+
+        return PruneMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
@@ -178,19 +207,26 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
         grants = self._manager.grants.get(request.request_id)
         if grants is None or grants.report is None:
             return None
-        report = grants.report
-        total = report.held + report.dropped
+        from vllm_prune.metrics import kept_fractions
+
+        report, spec = grants.report, self._manager.kv_cache_spec
+        kept = kept_fractions(report, spec.num_layers)
+        dense = spec.geometry.dense_blocks(report.covered)
+        self._manager.tally.ended(report)
         return {
             "vllm_prune": {
                 "strength": self._gates[request.request_id].strength,
                 "tokens": report.covered,
-                "kept_fraction": report.held / total if total else 1.0,
+                "kept_fraction": kept["all"],
+                "kept_fraction_least_layer": kept["least"],
                 "keys_held": report.held,
                 "keys_dropped": report.dropped,
                 "blocks_held": grants.live,
                 "blocks_peak": grants.peak,
                 "blocks_returned": grants.returned,
-                "blocks_dense": self._manager.kv_cache_spec.geometry.dense_blocks(report.covered),
+                "blocks_dense": dense,
+                "kv_bytes_held": grants.live * spec.block_bytes,
+                "kv_bytes_saved": (dense - grants.live) * spec.block_bytes,
             }
         }
 

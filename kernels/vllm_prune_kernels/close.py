@@ -1,7 +1,8 @@
 """The end of a step: spare pages go back to their blocks, pages are packed into the lowest grants, and each request reports.
 
 A report is [pages in use now, after 1, 2, 3, 4 more tokens kept in every lane; keep: log index from which no grant is needed any
-more; keys held; keys dropped; grants left; grants before; error]. Packing moves every page in use out of the grants that are
+more; keys held; keys dropped; grants left; grants before; error; most keys dropped in a layer, and those of the first, middle
+and last third of the layers]. Packing moves every page in use out of the grants that are
 given up, so that what the report says is true when it is read, however late. ``close_naive`` is the twin. Letters: ``lanes``.
 """
 
@@ -67,9 +68,19 @@ def _report(
         need += tl.sum(tl.where(ok, (tokens + tl.maximum(ahead, 0) + size - 1) // size, 0), 0)
         keys += tl.sum(tl.where(ok & (h < E), tokens, 0), 0)
     need += more
-    gone = 0
-    for at in range(0, counts, TILE):
-        gone += tl.sum(tl.load(dropped + slot * counts + at + o, mask=at + o < counts, other=0), 0)
+    gone, most, gone0, gone1, gone2 = 0, 0, 0, 0, 0
+    layers = counts // E
+    for at in range(0, layers, TILE):
+        layer = at + o
+        mine = tl.zeros_like(layer)
+        for unit in range(E):
+            mine += tl.load(dropped + slot * counts + layer * E + unit, mask=layer < layers, other=0)
+        third = 3 * layer // layers
+        most = tl.maximum(most, tl.max(mine, 0))
+        gone += tl.sum(mine, 0)
+        gone0 += tl.sum(tl.where(third == 0, mine, 0), 0)
+        gone1 += tl.sum(tl.where(third == 1, mine, 0), 0)
+        gone2 += tl.sum(tl.where(third == 2, mine, 0), 0)
     grants = tl.load(n_live + slot)
     stay = tl.maximum((need + Q - 1) // Q, 1)
     stay = tl.where((seen > 0) & (stay < grants), stay, grants)
@@ -107,6 +118,10 @@ def _report(
     tl.store(say + 8, stay)
     tl.store(say + 9, grants)
     tl.store(say + 10, tl.load(error))
+    tl.store(say + 11, most)
+    tl.store(say + 12, gone0)
+    tl.store(say + 13, gone1)
+    tl.store(say + 14, gone2)
 
 
 @triton.jit
@@ -220,6 +235,8 @@ def close_naive(lanes: Lanes, kv: torch.Tensor, rows: torch.Tensor) -> torch.Ten
         held = sum(
             int(lanes.length[slot, layer * s.per_layer + unit]) for layer in range(s.layers) for unit in range(s.units)
         )
-        said = [*pages, keep, held, int(lanes.dropped[slot].sum()), stay, grants, int(lanes.error)]
+        gone = lanes.dropped[slot].sum(-1).tolist()
+        thirds = [sum(gone[i] for i in range(s.layers) if 3 * i // s.layers == third) for third in range(3)]
+        said = [*pages, keep, held, sum(gone), stay, grants, int(lanes.error), max(gone), *thirds]
         out[r, : len(said)] = torch.tensor(said, dtype=torch.int32)
     return out

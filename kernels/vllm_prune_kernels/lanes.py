@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 import torch
 
 NEVER = 2**31 - 1
-REPORT = 12
+REPORT = 15
 """Numbers of a request's report: see ``close``."""
 AHEAD = 5
 """Pages in use now and after 1 to 4 more tokens, at the head of a report."""

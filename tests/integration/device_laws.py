@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import engine, generate, pool_is_whole, preempted, prompts, save_gated, state_of, tiny_config, token_ids
 from test_law2_drop_sets import METHODS, RECORD, check
+from test_request_strength import asking, check_strengths, greedy
 from vllm_prune_kernels import decode
 from vllm_prune_training.masked import load_gated
 
@@ -45,6 +46,9 @@ def test_law_2(tmp_path, name):
         assert isinstance(state_of(llm), DeviceState)
         check(model, llm, generate(llm, prompts([1, 70] if SMALL else [1, 33, 70, 130], seed=4), tokens=8))
         assert state_of(llm).store.num_blocks > 20
+        strengths = (None, 0.0, 0.5)
+        mixed = llm.generate(prompts([40, 50, 45], seed=6), [greedy(asking(x), 6) for x in strengths], use_tqdm=False)
+        assert check_strengths(model, llm, mixed, strengths)[1] == 0.0
         check(model, llm, preempted(llm, prompts([40, 9], seed=5), tokens=7, after=(3, 8)))
         generate(llm, prompts([3]), tokens=2)  # the ended are buried by a step
         assert pool_is_whole(llm)

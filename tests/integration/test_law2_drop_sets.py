@@ -52,10 +52,10 @@ def gated(request, tmp_path_factory):
     return save_gated(folder, config, method, section=section, **METHODS[request.param])
 
 
-def expected(gated, ids: list[int], prompt: int) -> np.ndarray:
+def expected(gated, ids: list[int], prompt: int, strength: float | None = None) -> np.ndarray:
     """Hard expiries of the masked Hugging Face twin, restricted to drops that happened by the last computed query."""
     with torch.no_grad():
-        found = load_gated(gated)(torch.tensor(ids), mode="hard", prompt=prompt).expiry.numpy()
+        found = load_gated(gated)(torch.tensor(ids), mode="hard", prompt=prompt, strength=strength).expiry.numpy()
     return np.where(found <= len(ids) - 1, found, NEVER)
 
 

@@ -115,7 +115,7 @@ class PoolMachine(BruteForce, RuleBasedStateMachine):
         self.impls = []
         for layer in range(L):
             impl = PruneCPUImpl(H * G, D, D**-0.5, H)
-            state = SimpleNamespace(store=self.store, serving=serving)
+            state = SimpleNamespace(store=self.store, serving=serving, spent=lambda name, since: None)
             trained = RequestRule(None if layer else self.gates[0], 1.0) if method == "shadow" else rule
             impl.rule_at = {0.0: None, 1.0: trained}.__getitem__
             impl.router = self.router

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from support import RECORD, engine, pool_is_whole, prompts, recorded, save_gated, tiny_config, token_ids
-from test_law2_drop_sets import METHODS, visible_drops
+from test_law2_drop_sets import METHODS, expected, visible_drops
 from test_prompt_forms import save_prompt_gated
 from test_shadow_token import HALF
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
-from vllm_prune_training.masked import load_gated
 
 from vllm_prune.gates import GATES, NEVER
 
@@ -39,26 +38,27 @@ def asking(strength: float | None) -> dict[str, Any] | None:
     return None if strength is None else {"prune.strength": strength}
 
 
+def check_strengths(folder, llm, outputs: list[Any], strengths: Sequence[float | None]) -> list[float]:
+    """Every request dropped what the trainer's twin drops at its strength; what share of its keys."""
+    shares = []
+    for output, strength in zip(outputs, strengths, strict=True):
+        ids, found = recorded(llm, output)
+        want = expected(folder, ids, len(output.prompt_token_ids), strength)
+        np.testing.assert_array_equal(visible_drops(found), want)
+        shares.append(float((want != NEVER).mean()))
+        assert output.kv_transfer_params["vllm_prune"]["strength"] == (1.0 if strength is None else strength)
+    return shares
+
+
 @pytest.mark.parametrize("method", [*METHODS, *PROMPTS])
 def test_a_batch_mixes_strengths(tmp_path, method):
     """Drop sets of every request are the trainer's at its strength, and its tokens the same as alone."""
     folder = folder_of(method, tmp_path)
     batch = prompts([130, 90, 111, 140, 97, 64], seed=3)
     params = [greedy(asking(strength)) for strength in STRENGTHS]
-    twin = load_gated(folder)
     with engine(folder, **RECORD) as llm:
         together = llm.generate(batch, params, use_tqdm=False)
-        shares = []
-        for output, strength in zip(together, STRENGTHS, strict=True):
-            ids, found = recorded(llm, output)
-            with torch.no_grad():
-                want = twin(torch.tensor(ids), mode="hard", prompt=len(output.prompt_token_ids),
-                            strength=1.0 if strength is None else strength).expiry.numpy()  # fmt: skip
-            want = np.where(want <= len(ids) - 1, want, NEVER)
-            np.testing.assert_array_equal(visible_drops(found), want)
-            shares.append(float((want != NEVER).mean()))
-            told = output.kv_transfer_params["vllm_prune"]
-            assert told["strength"] == (1.0 if strength is None else strength)
+        shares = check_strengths(folder, llm, together, STRENGTHS)
         assert shares[1] == 0.0 and max(shares) > 0.15
         assert len(set(shares)) > 2, "strengths must make a difference"
         for prompt, own, output in zip(batch, params, together, strict=True):

@@ -8,6 +8,7 @@ step, R requests.
 from __future__ import annotations
 
 from functools import lru_cache
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -85,8 +86,10 @@ class PruneCPUImpl(GatedImpl):
             return self._forward_at_boundaries(store, m, tokens, query, key, value, output)
         rule_at = self.rule_at if m.positions is None else drops_nothing  # what a routed layer runs on it keeps
         if m.decodes.count:
+            begin = perf_counter()
             for strength, rows in m.decodes.by_strength:
                 self._decode(store, rows, tokens, rule_at(strength))
+            self.state.spent("decide", begin)
         whole = m.decodes.whole
         if m.chunks.count:
             undisturbed = [
@@ -112,12 +115,14 @@ class PruneCPUImpl(GatedImpl):
 
         whole = m.decodes.whole
         if m.decodes.count:
+            begin = perf_counter()
             for strength, rows in m.decodes.by_strength:
                 steps = self._boundaries(strength)
                 if steps is None:
                     self._decode(store, rows, tokens, None)
                 else:
                     steps.decode(store, rows, tokens, dense)
+            m.state.spent("decide", begin)
         for i in range(m.chunks.count):
             steps = self._boundaries(float(m.chunks.strengths[i]))
             if steps is None:
@@ -234,7 +239,7 @@ class PruneCPUImpl(GatedImpl):
 
     def _chunk_expiry(self, where: tuple[Any, ...], first: int, count: int, tokens: Tokens, past: np.ndarray,
                       chunk: np.ndarray, rule: Rule | None) -> None:  # fmt: skip
-        served = self.serving
+        served, begin = self.serving, perf_counter()
         args = (*where, first, count, tokens)
         if isinstance(rule, QueryRule):
             check(lib.steps_chunk_expiry_by_query(*args, rule.scale, rule.biases.ctypes.data, served.sinks, served.window,
@@ -247,6 +252,8 @@ class PruneCPUImpl(GatedImpl):
                                             served.sinks, past.ctypes.data, past.shape[1], chunk.ctypes.data)  # fmt: skip
         elif isinstance(rule, RequestRule):
             lib.request_chunk_expiry(*where, count, past.ctypes.data, past.shape[1], chunk.ctypes.data)
+        assert self.state is not None
+        self.state.spent("decide", begin)
 
     # Attending ---------------------------------------------------------------------------------------------------
 

@@ -142,4 +142,5 @@ class GatedAttention(Attention):
             gate_lanes=self.serving.gate_lanes,
             chunk_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
             expected_keep=1.0 if self.serving.planned_dense else self.section.expected_keep,
+            eviction_units=self.serving.num_units,
         )

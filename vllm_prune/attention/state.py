@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -153,6 +154,7 @@ class WorkerState(StepState):
         step, self._step = self._step, {}
         if not step:
             return {}, set()
+        begin = perf_counter()
         store = self._store()
         if self.serving.reveal is Reveal.PER_REQUEST:
             for req_id, grant in step.items():
@@ -167,6 +169,7 @@ class WorkerState(StepState):
             for req_id, report in reports.items()
             if self.doomed(req_id, step[req_id], report, store.num_blocks)
         }
+        self.spent("compaction", begin)
         return {req_id: [report] for req_id, report in reports.items()}, doomed
 
     def _store(self) -> LaneStore:

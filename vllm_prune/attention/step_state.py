@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +38,7 @@ class StepState(ABC):
 
     Attributes:
         store: of lanes, once the KV cache is bound.
+        seconds: spent since they were last taken, by name of ``metrics.SECONDS`` (CPU workers).
     """
 
     store: Any
@@ -53,8 +55,13 @@ class StepState(ABC):
         ]
         self.serving = self.layers[0].serving
         self.store = None
+        self.seconds: dict[str, float] = {}
         for index, layer in enumerate(self.layers):
             layer.impl.attach(self, index)  # type: ignore[attr-defined]
+
+    def spent(self, name: str, since: float) -> None:
+        """Count time from ``since`` (``perf_counter``) until now."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - since
 
     @abstractmethod
     def bind(self, kv_caches: dict[str, torch.Tensor]) -> None:

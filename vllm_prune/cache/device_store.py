@@ -42,7 +42,7 @@ class DeviceSlot:
 
 @dataclass
 class Sent:
-    """A report on its way: numbers [n, 12] in pinned memory, the event after their copy, and whose they are."""
+    """A report on its way: numbers [n, ``REPORT``] in pinned memory, the event after their copy, and whose they are."""
 
     numbers: torch.Tensor
     done: torch.cuda.Event | None
@@ -212,13 +212,14 @@ class DeviceStore:
             sent.wait()
             rows = zip(sent.grants.items(), sent.states, sent.seen, sent.numbers.tolist(), strict=True)
             for (req_id, given), state, seen, row in rows:
-                *pages, keep, held, dropped, _, _, error, _ = row
+                pages, (keep, held, dropped, _, _, error), by_layer = row[:AHEAD], row[AHEAD:11], row[11:]
                 if error:
                     raise RuntimeError(f"vllm-prune: request {req_id} ran out of granted pages; this is a bug")
                 state.peak_pages = max(state.peak_pages, pages[0])
                 report = LaneReport(
                     epoch=given.epoch, covered=given.covered, pages=tuple(pages), keep=keep or seen, seen=seen,
                     dropped=dropped, held=held, peak_pages=state.peak_pages,
+                    by_layer=tuple(by_layer),
                 )  # fmt: skip
                 found.append((req_id, given, report, state))
         return found

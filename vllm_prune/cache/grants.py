@@ -26,6 +26,7 @@ class LaneReport:
         dropped: keys dropped so far, summed over layers and eviction units.
         held: keys held now, summed likewise.
         peak_pages: most head-pages ever in use.
+        by_layer: of ``dropped``, the most of any layer, then those of the first, middle and last third of the layers.
     """
 
     epoch: int
@@ -36,6 +37,7 @@ class LaneReport:
     dropped: int = 0
     held: int = 0
     peak_pages: int = 0
+    by_layer: tuple[int, ...] = (0, 0, 0, 0)
 
     def merge(self, other: LaneReport) -> LaneReport:
         """Ranks hold different heads and drop differently: plan for the one that holds most.
@@ -54,6 +56,7 @@ class LaneReport:
             dropped=min(self.dropped, other.dropped),
             held=max(self.held, other.held),
             peak_pages=max(self.peak_pages, other.peak_pages),
+            by_layer=tuple(map(min, self.by_layer, other.by_layer)),
         )
 
 

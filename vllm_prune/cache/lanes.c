@@ -145,10 +145,11 @@ void lanes_fill_tables(const Store *a, int64_t layer, int64_t rows, const int32_
         }
 }
 
-/* Per slot, int64 [R, 5]: pages in use now, after 1 and 2 more tokens kept wherever lanes are open, keys held, keys dropped. */
+/* Per slot, int64 [R, 9]: pages in use now, after 1 and 2 more tokens kept wherever lanes are open, keys held, keys dropped; the
+ * most that a layer dropped, and what the first, middle and last third of the layers did. */
 void lanes_summarize(const Store *a, int64_t rows, const int32_t *slots, int64_t *out) {
-    memset(out, 0, sizeof(int64_t) * 5 * rows);
-    for (int64_t i = 0; i < rows; i++, out += 5) {
+    memset(out, 0, sizeof(int64_t) * 9 * rows);
+    for (int64_t i = 0; i < rows; i++, out += 9) {
         for (int64_t layer = 0; layer < a->L; layer++) {
             for (int64_t h = 0; h < a->per_layer; h++) {
                 const int64_t n = page_tokens(a, h), length = *length_of(a, slots[i], layer * a->per_layer + h);
@@ -156,7 +157,11 @@ void lanes_summarize(const Store *a, int64_t rows, const int32_t *slots, int64_t
                 for (int64_t more = 0; more < 3; more++) out[more] += ceil_div(length + (shut ? 0 : more), n);
                 if (h < a->units) out[3] += length;
             }
-            for (int64_t unit = 0; unit < a->units; unit++) out[4] += a->dropped[(slots[i] * a->L + layer) * a->units + unit];
+            int64_t gone = 0;
+            for (int64_t unit = 0; unit < a->units; unit++) gone += a->dropped[(slots[i] * a->L + layer) * a->units + unit];
+            out[4] += gone;
+            if (gone > out[5]) out[5] = gone;
+            out[6 + 3 * layer / a->L] += gone;
         }
     }
 }

@@ -174,7 +174,7 @@ class LaneStore:
         """
         g, a = self.geometry, self.lanes
         states = [self.slots[req_id] for req_id in covered]
-        counts = np.empty((len(states), 5), np.int64)
+        counts = np.empty((len(states), 9), np.int64)
         slots = np.asarray([state.slot for state in states], np.int32)
         lib.lanes_summarize(a.ref, len(states), slots.ctypes.data, counts.ctypes.data)
         reports = {}
@@ -187,6 +187,7 @@ class LaneStore:
             reports[req_id] = LaneReport(
                 epoch=state.epoch, covered=tokens, pages=(row[0], row[1], row[2]), keep=keep,
                 seen=len(state.grants), dropped=row[4], held=row[3], peak_pages=state.peak_pages,
+                by_layer=tuple(row[5:]),
             )  # fmt: skip
         return reports
 

@@ -16,6 +16,7 @@ from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 
 from vllm_prune.cache.grants import GrantLog, LaneReport
 from vllm_prune.cache.spec import PruneSpec
+from vllm_prune.metrics import Tally
 
 
 class PruneManager(SingleTypeKVCacheManager):
@@ -33,6 +34,8 @@ class PruneManager(SingleTypeKVCacheManager):
         self.expected_keep: dict[str, float] = {}
         """Kept fraction that a request of its own strength is planned with; the spec's for all others."""
         self._epochs = count(1)
+        units = max(kv_cache_spec.eviction_units, 1)
+        self.tally = Tally(self.geometry, units)
 
     def get_num_blocks_to_allocate(
         self,
@@ -75,7 +78,10 @@ class PruneManager(SingleTypeKVCacheManager):
         grants = self.grants.get(request_id)
         if grants is None:
             return 0
+        before = grants.report
         back = grants.accept(report)
+        if grants.report is report:
+            self.tally.report(before, report, len(back))
         if back:
             row = self.req_to_blocks[request_id]
             for index, block in enumerate(grants.log):
@@ -83,6 +89,14 @@ class PruneManager(SingleTypeKVCacheManager):
                     row[index] = self._null_block
             self.block_pool.free_blocks(back)
         return len(back)
+
+    def over_plan(self) -> bool:
+        """Whether a running request holds more than admission planned for all of its tokens so far."""
+        return any(
+            grants.report is not None
+            and grants.live > self.kv_cache_spec.peak_blocks(grants.report.covered, self.expected_keep.get(request_id))
+            for request_id, grants in self.grants.items()
+        )
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self.grants.pop(request_id, None)

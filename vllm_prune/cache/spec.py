@@ -19,6 +19,7 @@ class PruneSpec(FullAttentionSpec):
         gate_rank: r, numbers that the gate remembers of a token in a lane of its own; gate_lanes: such lanes in a layer.
         chunk_tokens: most tokens of one request in one step.
         expected_keep: planned mean kept fraction, from the checkpoint.
+        eviction_units: E, independent decisions about a key in a layer.
     """
 
     num_layers: int
@@ -26,12 +27,18 @@ class PruneSpec(FullAttentionSpec):
     gate_lanes: int = 1
     chunk_tokens: int
     expected_keep: float = 1.0
+    eviction_units: int = 1
 
     @property
     def geometry(self) -> LaneGeometry:
         return LaneGeometry(
             self.num_layers, self.num_kv_heads, self.head_size, self.block_size, self.gate_rank, self.gate_lanes
         )
+
+    @property
+    def block_bytes(self) -> int:
+        """Of a block, over all layers."""
+        return self.num_layers * self.page_size_bytes
 
     @property
     def prefix_cacheable(self) -> bool:
