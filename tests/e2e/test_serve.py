@@ -24,6 +24,8 @@ from support import VOCAB, save_gated, tiny_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from vllm_prune.metrics import GAUGES, LAYERS, SECONDS
+
 pytestmark = pytest.mark.slow
 
 REFERENCE = Path(__file__).parents[2] / "examples" / "reference-dcp"
@@ -243,6 +245,77 @@ def test_metrics(server, model):
         assert server.metric(name) > 0
     assert server.metric("vllm:num_requests_running") == 0
     assert server.metric("vllm:kv_cache_usage_perc") == 0
+
+
+def completion(client, model, asked: dict[str, Any] | None = None, **more: Any) -> Any:
+    body = NO_END if asked is None else {**NO_END, "vllm_xargs": asked}
+    asked_for = {"prompt": TEXT * 3, "max_tokens": 12, "temperature": 0, **more}
+    return client.completions.create(model=model, extra_body=body, **asked_for)
+
+
+def test_two_strengths_at_once_give_what_each_gives_alone(client, model):
+    wishes: list[dict[str, Any] | None] = [None, {"prune.off": True}, {"prune.strength": 3.0}, {"prune.strength": 0.5}]
+    alone = [completion(client, model, wish) for wish in wishes]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda i: completion(client, model, wishes[i % 4]), range(8)))
+    for i, answer in enumerate(together):
+        assert answer.choices[0].text == alone[i % 4].choices[0].text
+    said = [answer.model_extra["kv_transfer_params"]["vllm_prune"] for answer in alone]
+    assert [told["strength"] for told in said] == [said[0]["strength"], 0.0, 3.0, 0.5]
+    assert said[1]["keys_dropped"] == 0 and said[1]["kept_fraction_least_layer"] == 1.0
+    assert said[2]["keys_dropped"] > said[3]["keys_dropped"] > 0
+    for told in said:
+        assert told["kept_fraction_least_layer"] <= told["kept_fraction"]
+        block = told["kv_bytes_held"] // told["blocks_held"]
+        assert told["kv_bytes_saved"] == (told["blocks_dense"] - told["blocks_held"]) * block
+
+
+def test_strength_of_a_chat(client, model):
+    def ask(wish: dict[str, Any]) -> Any:
+        return client.chat.completions.create(
+            model=model, messages=MESSAGES, max_completion_tokens=4, extra_body={**NO_END, "vllm_xargs": wish}
+        )
+
+    assert ask({"prune.strength": 2}).model_extra["kv_transfer_params"]["vllm_prune"]["strength"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"prune.strength": -1}, "must lie in 0..16"),
+        ({"prune.strength": "much"}, "must be a number"),
+        ({"prune.off": 2}, "must be true or false"),
+        ({"prune.keep": 1.5}, "must lie in 0..1"),
+        ({"prune.power": 1}, "is unknown"),
+    ],
+)
+def test_a_wrong_wish_is_the_clients_error(client, model, asked, said):
+    (field,) = asked
+    with pytest.raises(BadRequestError) as caught:
+        completion(client, model, asked)
+    assert said in str(caught.value) and field in str(caught.value)
+    assert caught.value.body["param"] == field
+
+
+def test_metrics_of_ours(client, model, server):
+    dropped, kept = server.metric("vllm_prune:keys_dropped_total"), server.metric("vllm_prune:kept_fraction_count")
+    told = completion(client, model).model_extra["kv_transfer_params"]["vllm_prune"]
+    assert server.metric("vllm_prune:keys_dropped_total") - dropped >= told["keys_dropped"]
+    assert server.metric("vllm_prune:kept_fraction_count") - kept == len(LAYERS)
+    assert server.metric("vllm_prune:keys_computed_total") > server.metric("vllm_prune:keys_dropped_total")
+    for name in SECONDS:
+        assert server.metric(f"vllm_prune:{name}_seconds_total") > 0
+    for name in GAUGES:
+        assert server.metric(f"vllm_prune:{name}") == 0, "nothing runs"
+
+
+def test_the_dashboard_asks_for_series_that_exist(server):
+    """Every name in the board's queries is on /metrics."""
+    board = json.loads((Path(__file__).parents[2] / "examples/grafana.json").read_text())
+    queries = [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]
+    names = {name for query in queries for name in re.findall(r"vllm(?:_prune)?:\w+", query)}
+    found = set(re.findall(r"^(vllm(?:_prune)?:\w+)", server.get("/metrics").text, re.M))
+    assert len(queries) >= 8 and names <= found, names - found
 
 
 def test_client_that_hangs_up(server, client, model):
