@@ -219,6 +219,7 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
                 "tokens": report.covered,
                 "kept_fraction": kept["all"],
                 "kept_fraction_least_layer": kept["least"],
+                "kept_pairs": report.kept_pairs,
                 "keys_held": report.held,
                 "keys_dropped": report.dropped,
                 "blocks_held": grants.live,

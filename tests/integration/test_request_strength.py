@@ -46,8 +46,18 @@ def check_strengths(folder, llm, outputs: list[Any], strengths: Sequence[float |
         want = expected(folder, ids, len(output.prompt_token_ids), strength)
         np.testing.assert_array_equal(visible_drops(found), want)
         shares.append(float((want != NEVER).mean()))
-        assert output.kv_transfer_params["vllm_prune"]["strength"] == (1.0 if strength is None else strength)
+        told = output.kv_transfer_params["vllm_prune"]
+        assert told["strength"] == (1.0 if strength is None else strength)
+        if told["kept_pairs"] is not None:
+            assert told["kept_pairs"] == pytest.approx(kept_pairs(found[..., : told["tokens"]]), abs=1e-9)
     return shares
+
+
+def kept_pairs(expiry: np.ndarray) -> float:
+    """Share of past pairs that queries saw, from expiries [L, E, T]."""
+    t = expiry.shape[-1]
+    seen = np.maximum(np.minimum(expiry, t) - 1 - np.arange(t), 0)
+    return float(seen.sum() / (expiry[..., 0].size * t * (t - 1) / 2))
 
 
 @pytest.mark.parametrize("method", [*METHODS, *PROMPTS])

@@ -27,6 +27,7 @@ class LaneReport:
         held: keys held now, summed likewise.
         peak_pages: most head-pages ever in use.
         by_layer: of ``dropped``, the most of any layer, then those of the first, middle and last third of the layers.
+        ends: sum over dropped keys of the first query that did not see them; None where it is not counted (GPU).
     """
 
     epoch: int
@@ -38,6 +39,19 @@ class LaneReport:
     held: int = 0
     peak_pages: int = 0
     by_layer: tuple[int, ...] = (0, 0, 0, 0)
+    ends: int | None = None
+
+    @property
+    def kept_pairs(self) -> float | None:
+        """Share of past (query, key) pairs that queries saw: what gates are trained and calibrated to keep. None where unknown.
+
+        With T tokens a dropped key j that query e missed first was seen by e - 1 - j queries, a held one by T - 1 - j.
+        """
+        total = (self.held + self.dropped) * (self.covered - 1) / 2
+        if self.ends is None:
+            return None
+        seen = self.ends - self.dropped + (self.covered - 1) * self.held
+        return seen / total - 1.0 if total else 1.0
 
     def merge(self, other: LaneReport) -> LaneReport:
         """Ranks hold different heads and drop differently: plan for the one that holds most.
@@ -57,6 +71,7 @@ class LaneReport:
             held=max(self.held, other.held),
             peak_pages=max(self.peak_pages, other.peak_pages),
             by_layer=tuple(map(min, self.by_layer, other.by_layer)),
+            ends=None,
         )
 
 

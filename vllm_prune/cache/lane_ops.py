@@ -19,7 +19,7 @@ from vllm_prune.cache.geometry import LaneGeometry
 
 NEVER = 2**31 - 1
 
-_ARRAYS = ("kv", "table", "length", "free_pages", "n_free", "page_lane", "page_index", "pos", "exp", "mass", "dropped",
+_ARRAYS = ("kv", "table", "length", "free_pages", "n_free", "page_lane", "page_index", "pos", "exp", "mass", "dropped", "ends",
            "closed", "prompt", "events", "n_events")  # fmt: skip
 _SIZES = ("events_cap", "lanes", "W", "F", "L", "H", "B", "N", "D", "r", "Ng", "per_layer", "units", "elem")
 
@@ -155,6 +155,7 @@ class Lanes:
         self.exp = np.zeros((pages, g.block_tokens), np.int32)
         self.mass = np.zeros((pages, g.block_tokens), np.float64) if received else None
         self.dropped = np.zeros((max_requests, g.num_layers, units), np.int64)
+        self.ends = np.zeros(max_requests, np.int64)
         self.closed = np.zeros((max_requests, g.num_layers, units), np.uint8)
         self.prompt = np.full(max_requests, NEVER, np.int32)
         self.strength = np.zeros(max_requests)  # of each slot's request; rules are made of it in Python

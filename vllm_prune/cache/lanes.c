@@ -54,6 +54,7 @@ DEFINE_WRITE(write16, uint16_t)
 DEFINE_WRITE(write32, uint32_t)
 
 int lanes_record(const Store *a, int64_t s, int64_t layer, int64_t unit, int32_t key, int32_t expiry) {
+    a->ends[s] += expiry > key ? expiry : key + 1;
     if (a->events_cap == 0) return 0;
     int64_t e = *a->n_events;
     if (e >= a->events_cap) return OUT_OF_EVENTS;
@@ -145,11 +146,12 @@ void lanes_fill_tables(const Store *a, int64_t layer, int64_t rows, const int32_
         }
 }
 
-/* Per slot, int64 [R, 9]: pages in use now, after 1 and 2 more tokens kept wherever lanes are open, keys held, keys dropped; the
- * most that a layer dropped, and what the first, middle and last third of the layers did. */
+/* Per slot, int64 [R, 10]: pages in use now, after 1 and 2 more tokens kept wherever lanes are open, keys held, keys dropped; the
+ * most that a layer dropped, what the first, middle and last third of the layers did, and ``ends``. */
 void lanes_summarize(const Store *a, int64_t rows, const int32_t *slots, int64_t *out) {
-    memset(out, 0, sizeof(int64_t) * 9 * rows);
-    for (int64_t i = 0; i < rows; i++, out += 9) {
+    memset(out, 0, sizeof(int64_t) * 10 * rows);
+    for (int64_t i = 0; i < rows; i++, out += 10) {
+        out[9] = a->ends[slots[i]];
         for (int64_t layer = 0; layer < a->L; layer++) {
             for (int64_t h = 0; h < a->per_layer; h++) {
                 const int64_t n = page_tokens(a, h), length = *length_of(a, slots[i], layer * a->per_layer + h);

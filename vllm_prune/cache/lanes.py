@@ -141,6 +141,7 @@ class LaneStore:
         a.length[s] = 0
         a.n_free[s] = 0
         a.dropped[s] = 0
+        a.ends[s] = 0
         a.closed[s] = 0
         a.prompt[s] = NEVER
         self._free_slots.append(s)
@@ -174,7 +175,7 @@ class LaneStore:
         """
         g, a = self.geometry, self.lanes
         states = [self.slots[req_id] for req_id in covered]
-        counts = np.empty((len(states), 9), np.int64)
+        counts = np.empty((len(states), 10), np.int64)
         slots = np.asarray([state.slot for state in states], np.int32)
         lib.lanes_summarize(a.ref, len(states), slots.ctypes.data, counts.ctypes.data)
         reports = {}
@@ -187,7 +188,7 @@ class LaneStore:
             reports[req_id] = LaneReport(
                 epoch=state.epoch, covered=tokens, pages=(row[0], row[1], row[2]), keep=keep,
                 seen=len(state.grants), dropped=row[4], held=row[3], peak_pages=state.peak_pages,
-                by_layer=tuple(row[5:]),
+                by_layer=tuple(row[5:9]), ends=row[9],
             )  # fmt: skip
         return reports
 
