@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +14,10 @@ from support import RECORD, engine, pool_is_whole, prompts, recorded, save_gated
 from test_law2_drop_sets import METHODS, expected, visible_drops
 from test_prompt_forms import save_prompt_gated
 from test_shadow_token import HALF
+from transformers import AutoTokenizer
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm_prune_training.data import is_held_out
 
 from vllm_prune.gates import GATES, NEVER
 
@@ -140,3 +145,24 @@ def test_a_floor_and_open_servers(tmp_path):
         with pytest.raises(VLLMValidationError, match="started with every gate open"):
             llm.generate(prompts([8]), greedy({"prune.strength": 0.5}), use_tqdm=False)
         assert llm.generate(prompts([8]), greedy({"prune.off": True}), use_tqdm=False)
+
+
+REFERENCE = Path(__file__).parents[2] / "examples" / "reference-dcp"
+
+
+def test_a_fifth_is_a_fifth(tmp_path):
+    """``prune.keep`` of the reference checkpoint on held-out text, as long as what its table was measured on."""
+    import vllm
+
+    length = json.loads((REFERENCE / "config.json").read_text())["drop_gate"]["calibration"]["length"]
+    tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
+    files = sorted(path for path in Path(vllm.__file__).parent.rglob("*.py") if path.stat().st_size > 8 * length)
+    held_out = [path.read_text() for path in files if is_held_out(hashlib.sha256(path.read_bytes()).hexdigest())]
+    tokens = [tokenizer(text).input_ids[: length - 2] for text in held_out]
+    texts = [{"prompt_token_ids": ids} for ids in tokens if len(ids) == length - 2][:6]
+    assert len(texts) == 6
+    with engine(REFERENCE, max_model_len=length, max_num_batched_tokens=512) as llm:
+        for keep in (0.5, 0.2):
+            outputs = llm.generate(texts, greedy({"prune.keep": keep}, 2), use_tqdm=False)
+            kept = [output.kv_transfer_params["vllm_prune"]["kept_pairs"] for output in outputs]
+            assert np.mean(kept) == pytest.approx(keep, abs=0.05), kept
