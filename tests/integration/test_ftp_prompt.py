@@ -103,7 +103,7 @@ def test_a_router_that_never_skips_is_stock_vllm(tmp_path):
             found.append(token_ids(generate(llm, batch)))
             assert pool_is_whole(llm)
             if path == folder:
-                with pytest.raises(VLLMValidationError, match=r"refused \(prompt-logprobs\).*strength 0"):
+                with pytest.raises(VLLMValidationError, match=r"refused \(prompt-logprobs\).*prune.off"):
                     llm.generate(prompts([8]), SamplingParams(prompt_logprobs=1, max_tokens=1), use_tqdm=False)
     assert found[0] == found[1]
     with pytest.raises(ValueError, match=r"ftp \(form prompt\) gates need each prompt in one step"):

@@ -134,7 +134,7 @@ def test_prompt_logprobs_are_refused_request_by_request(tmp_path):
 
     folder = save_prompt_gated(tmp_path, "qwen3", "ltp_prompt")
     with engine(folder) as llm:
-        with pytest.raises(VLLMValidationError, match=r"refused \(prompt-logprobs\).*strength 0"):
+        with pytest.raises(VLLMValidationError, match=r"refused \(prompt-logprobs\).*prune.off"):
             llm.generate(prompts([8]), SamplingParams(prompt_logprobs=1, max_tokens=1), use_tqdm=False)
         plain = SamplingParams(logprobs=2, max_tokens=2, temperature=0, detokenize=False)
         assert llm.generate(prompts([8]), plain, use_tqdm=False)[0].outputs[0].logprobs
