@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 import torch
-from claims_ltp_acc import recipe
+from claims_ltp_acc import claims_parser, recipe, tell
 from claims_prompt import HARD_FROM, KEEP, PROTECT, STRENGTHS, Blind, on_weights, strength_for, tuned
 from common import origin, say
 from vllm_prune_training import tasks
@@ -54,8 +54,7 @@ class Texts:
 
     def __init__(self, corpus: Corpus, count: int, first: int) -> None:
         """``count`` of each length, with seeds from ``first``."""
-        filler = (corpus.folder / "filler_held_out.txt").read_text(encoding="utf-8").splitlines(keepends=True)
-        counter = tasks.counter(corpus.tokenizer)
+        filler, counter = corpus.filler("held_out"), tasks.counter(corpus.tokenizer)
         self.classes = torch.tensor(
             [corpus.tokenizer.encode(" " + mark, add_special_tokens=False)[0] for mark in MARKS]
         )
@@ -169,12 +168,7 @@ def of_seed(options: argparse.Namespace, seed: int, corpus: Corpus, texts: Texts
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the result there")
-    parser.add_argument("--quick", action="store_true", help="few steps and texts: shows that it runs, proves nothing")
-    parser.add_argument("--corpus", type=Path, default=Path("build/reference/corpus"))
-    parser.add_argument("--base", type=Path, default=Path("build/reference/base"))
-    parser.add_argument("--work", type=Path, default=Path("build/claims-classify"))
+    parser = claims_parser(__doc__, "classify")
     parser.add_argument("--first-steps", type=int, default=150, help="2,048 tokens a step, before elimination")
     parser.add_argument("--steps", type=int, default=80, help="2,048 tokens a step, of each run after that")
     parser.add_argument("--texts", type=int, default=100, help="of each length")
@@ -191,10 +185,7 @@ def main() -> None:
     result = {"benchmark": "claims_classify", "base": options.base.name, "steps": [options.first_steps, options.steps],
               "texts_a_length": options.texts, "quick": options.quick, "rows": summary(seeds), "seeds": seeds,
               **origin(torch.get_num_threads(), started)}  # fmt: skip
-    text = json.dumps(result, indent=1)
-    if options.json:
-        options.json.write_text(text + "\n")
-    print(json.dumps(result["rows"], indent=1))
+    tell(options, result)
 
 
 def summary(seeds: dict[int, Row]) -> Row:

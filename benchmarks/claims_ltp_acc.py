@@ -57,6 +57,25 @@ def recipe(data: Path, out: Path, base: Path, gate: dict[str, Any], steps: int, 
     return Recipe.model_validate({"model": str(base), "output": str(out), "gate": gate, **sections, **merged})
 
 
+def claims_parser(description: str | None, name: str) -> argparse.ArgumentParser:
+    """What every benchmark of claims about LTP and ACC-style elimination is told. ``name``: of its folder of runs."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the result there")
+    parser.add_argument("--quick", action="store_true", help="6 steps: shows that it runs, proves nothing")
+    parser.add_argument("--corpus", type=Path, default=Path("build/reference/corpus"))
+    parser.add_argument("--base", type=Path, default=Path("build/reference/base"))
+    parser.add_argument("--work", type=Path, default=Path(f"build/claims-{name}"))
+    return parser
+
+
+def tell(options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Print the result, and write it where ``--json`` says."""
+    text = json.dumps(result, indent=1)
+    if options.json:
+        options.json.write_text(text + "\n")
+    print(text)
+
+
 def measure(model: Any, corpus: Corpus, blocks: int, tasks: int, strength: float | None = None) -> dict[str, Any]:
     """Held-out perplexity, what was kept of past pairs meanwhile, and recall."""
     judged = AsCausalLM(model, "hard", strength) if isinstance(model, GatedModel) else model
@@ -146,12 +165,7 @@ def untrained(options: argparse.Namespace, corpus: Corpus, blocks: int) -> dict[
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the result there")
-    parser.add_argument("--quick", action="store_true", help="6 steps: shows that it runs, proves nothing")
-    parser.add_argument("--corpus", type=Path, default=Path("build/reference/corpus"))
-    parser.add_argument("--base", type=Path, default=Path("build/reference/base"))
-    parser.add_argument("--work", type=Path, default=Path("build/claims-ltp-acc"))
+    parser = claims_parser(__doc__, "ltp-acc")
     parser.add_argument("--steps", type=int, default=24, help="of each run, 2,048 tokens a step")
     options = parser.parse_args()
     started = time.perf_counter()
@@ -162,10 +176,7 @@ def main() -> None:
     values = {"base": str(options.base), "length": T, "steps": options.steps, "batch_tokens": 2048, "windows": blocks,
               "recall_texts": tasks, "untrained": untrained(options, corpus, blocks),
               "trained": trained(options, corpus, blocks, tasks)}  # fmt: skip
-    text = json.dumps({"quick": options.quick, **values, **origin(torch.get_num_threads(), started)}, indent=1)
-    if options.json:
-        options.json.write_text(text + "\n")
-    print(text)
+    tell(options, {"quick": options.quick, **values, **origin(torch.get_num_threads(), started)})
 
 
 if __name__ == "__main__":

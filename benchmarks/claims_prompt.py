@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 import torch
 import torch.nn.functional as F
-from claims_ltp_acc import T, recipe
+from claims_ltp_acc import T, claims_parser, recipe, tell
 from common import origin
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -135,12 +135,7 @@ def train_all(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the result there")
-    parser.add_argument("--quick", action="store_true", help="6 steps: shows that it runs, proves nothing")
-    parser.add_argument("--corpus", type=Path, default=Path("build/reference/corpus"))
-    parser.add_argument("--base", type=Path, default=Path("build/reference/base"))
-    parser.add_argument("--work", type=Path, default=Path("build/claims-prompt"))
+    parser = claims_parser(__doc__, "prompt")
     parser.add_argument("--steps", type=int, default=40, help="of each run, 2,048 tokens a step")
     parser.add_argument("--untrained", action="store_true", help="only what the base alone says")
     options = parser.parse_args()
@@ -153,12 +148,8 @@ def main() -> None:
     found: dict[str, Any] = {"untrained": untrained(options.base, text, ids)}
     if not options.untrained:
         found |= trained(options, corpus, ids, windows)
-    text_out = json.dumps({"quick": options.quick, "base": str(options.base), "length": T, "steps": options.steps,
-                           "batch_tokens": 2048, "windows": windows, **found, **origin(torch.get_num_threads(), started)},
-                          indent=1)  # fmt: skip
-    if options.json:
-        options.json.write_text(text_out + "\n")
-    print(text_out)
+    tell(options, {"quick": options.quick, "base": str(options.base), "length": T, "steps": options.steps,
+                   "batch_tokens": 2048, "windows": windows, **found, **origin(torch.get_num_threads(), started)})  # fmt: skip
 
 
 def trained(options: argparse.Namespace, corpus: Corpus, ids: torch.Tensor, windows: int) -> dict[str, Any]:

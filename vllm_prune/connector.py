@@ -20,6 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm_prune.attention.serving import ServedGate
 from vllm_prune.cache.grants import LaneReport
 from vllm_prune.config import served_section
+from vllm_prune.metrics import PruneMetrics, PruneStats, kept_fractions
 from vllm_prune.requests import RequestGates, request_gates
 
 if TYPE_CHECKING:
@@ -168,8 +169,6 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         """Called once a step, on either side."""
-        from vllm_prune.metrics import PruneStats
-
         if self._state is not None:
             seconds, self._state.seconds = self._state.seconds, {}
             return PruneStats({f"seconds_{name}": value for name, value in seconds.items()}) if seconds else None
@@ -179,8 +178,6 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
-        from vllm_prune.metrics import PruneStats
-
         return PruneStats(data or {})
 
     @classmethod
@@ -188,8 +185,6 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
         cls, vllm_config: Any, metric_types: dict[Any, Any], labelnames: list[str],
         per_engine_labelvalues: dict[int, list[object]],
     ) -> KVConnectorPromMetrics:  # fmt: skip
-        from vllm_prune.metrics import PruneMetrics
-
         return PruneMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def request_finished_all_groups(
@@ -207,8 +202,6 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
         grants = self._manager.grants.get(request.request_id)
         if grants is None or grants.report is None:
             return None
-        from vllm_prune.metrics import kept_fractions
-
         report, spec = grants.report, self._manager.kv_cache_spec
         kept = kept_fractions(report, spec.num_layers)
         dense = spec.geometry.dense_blocks(report.covered)

@@ -154,7 +154,9 @@ def fixed_bytes(sizes: Sizes) -> int:
 
 def to_device(rows: list[tuple[int, ...]] | list[int], columns: int, device: torch.device) -> torch.Tensor:
     """int32 [n, columns] from the host, without waiting for anything before it."""
-    host = torch.tensor(rows, dtype=torch.int32).view(-1, columns)
-    if device.type != "cuda":
-        return host.to(device)
-    return host.pin_memory().to(device, non_blocking=True)
+    return send(torch.tensor(rows, dtype=torch.int32).view(-1, columns), device)
+
+
+def send(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The same of a tensor."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)

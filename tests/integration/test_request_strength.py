@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import RECORD, engine, pool_is_whole, prompts, recorded, save_gated, tiny_config, token_ids
+from support import RECORD, engine, pool_is_whole, preempted, prompts, recorded, save_gated, tiny_config, token_ids
 from test_law2_drop_sets import METHODS, expected, visible_drops
 from test_prompt_forms import save_prompt_gated
 from test_shadow_token import HALF
@@ -94,8 +94,6 @@ def test_token_form_mixes_strengths(tmp_path):
 
 
 def test_preempted_requests_keep_their_strength(tmp_path):
-    from support import preempted
-
     folder = folder_of("dcp", tmp_path)
     batch = prompts([100, 90], seed=5)
     with engine(folder) as llm:
@@ -130,7 +128,8 @@ def test_wrong_wishes_are_refused_and_the_engine_goes_on(tmp_path):
                 llm.generate(prompts([8]), greedy(asked), use_tqdm=False)
             assert caught.value.parameter == field and field in str(caught.value)
         assert token_ids(llm.generate(prompts([40]), greedy({"other": "field"}), use_tqdm=False)) == before
-        assert pool_is_whole(llm) or llm.generate(prompts([3]), greedy(tokens=2), use_tqdm=False)
+        llm.generate(prompts([3]), greedy(tokens=2), use_tqdm=False)  # the ended are buried by a step
+        assert pool_is_whole(llm)
 
 
 def test_a_floor_and_open_servers(tmp_path):
@@ -150,7 +149,7 @@ def test_a_floor_and_open_servers(tmp_path):
 REFERENCE = Path(__file__).parents[2] / "examples" / "reference-dcp"
 
 
-def test_a_fifth_is_a_fifth(tmp_path):
+def test_a_fifth_is_a_fifth():
     """``prune.keep`` of the reference checkpoint on held-out text, as long as what its table was measured on."""
     import vllm
 

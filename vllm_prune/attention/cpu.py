@@ -44,9 +44,9 @@ class PruneCPUImpl(GatedImpl):
 
     def attach(self, state: WorkerState, index: int) -> None:
         self.state, self.index, self.serving = state, index, state.serving
+        self._boundaries = lru_cache(64)(self._boundaries_at)
 
-    @lru_cache(64)  # noqa: B019 - a layer lives as long as its worker
-    def _boundaries(self, strength: float) -> BoundarySteps | None:
+    def _boundaries_at(self, strength: float) -> BoundarySteps | None:
         """What decides at boundaries at a strength; None where nothing does."""
         rule = self.rule_at(strength)
         return BoundarySteps(rule, self.index, self.group, self.scale) if isinstance(rule, BoundaryRule) else None

@@ -105,7 +105,6 @@ class GatedAttention(Attention):
         if self.drop_gate is not None and self.serving.ruled:
             gate: Any = self.drop_gate
             self.impl.rule_at = lru_cache(64)(partial(rule_of, gate, self.section))  # type: ignore[attr-defined]
-            self.impl.rule = rule_of(gate, self.section)  # type: ignore[attr-defined]
 
     def features(self, x: torch.Tensor) -> torch.Tensor | None:
         """Gate features [T, F] of the layer's normed input [T, D_model]; None when gates are open, skip computation instead,

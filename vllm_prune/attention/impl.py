@@ -19,8 +19,7 @@ class GatedImpl(AttentionImpl):
     Attributes:
         group: G, query heads per KV head.
         index: of the layer; serving: of the gates. Both known once a worker's state is attached.
-        rule: of the layer's gate at the served strength, None when it is open.
-        rule_at: the same at the strength of a request.
+        rule_at: of the layer's gate, the rule at the strength of a request; None where it is open.
 
     Raises:
         NotImplementedError: the base's attention has what drop gates cannot be served with.
@@ -56,7 +55,6 @@ class GatedImpl(AttentionImpl):
         self.scale = float(scale)
         self.serving: ServedGate
         self.index = 0
-        self.rule: Rule | None = None
         self.rule_at: Callable[[float], Rule | None] = drops_nothing
 
 

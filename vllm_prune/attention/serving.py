@@ -146,9 +146,8 @@ def knobs_of(gate: Gate, section: DropGateConfig, strength: float) -> Knobs:
 Rule = QueryRule | DelayRule | WriteRule | RequestRule | BoundaryRule
 
 
-def rule_of(gate: Gate, section: DropGateConfig, strength: float | None = None) -> Rule | None:
-    """The rule of one layer's loaded gate at a strength, the checkpoint's unless given; None where it drops nothing."""
-    strength = section.strength if strength is None else strength
+def rule_of(gate: Gate, section: DropGateConfig, strength: float) -> Rule | None:
+    """The rule of one layer's loaded gate at a strength; None where it drops nothing."""
     if strength == 0.0:
         return None
     if isinstance(gate, ShadowGate):

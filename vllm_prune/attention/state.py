@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from vllm_prune.connector import PruneMetadata, StepGrant
 
 
+def each_strength(strengths: np.ndarray) -> list[tuple[float, np.ndarray]]:
+    """Every strength among some requests' or tokens' (float64 [N]), and who has it: bool [N]. As a rule there is one."""
+    return [(x, strengths == x) for x in np.unique(strengths).tolist()]
+
+
 class Rows:
     """Requests of one step, in batch order: slot, first token in the batch, tokens, position of the first token.
 
@@ -43,9 +48,8 @@ class Rows:
 
     @cached_property
     def by_strength(self) -> list[tuple[float, Rows]]:
-        """The rows of each strength: as a rule there is one."""
-        found = np.unique(self.strengths).tolist()
-        return [(found[0], self)] if len(found) == 1 else [(x, self.pick(self.strengths == x)) for x in found]
+        """The rows of each strength."""
+        return [(x, self if mine.all() else self.pick(mine)) for x, mine in each_strength(self.strengths)]
 
 
 @dataclass

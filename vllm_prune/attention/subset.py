@@ -25,14 +25,9 @@ def token_places(step: PruneAttentionMetadata) -> tuple[np.ndarray, np.ndarray]:
 
 
 def token_strengths(step: PruneAttentionMetadata) -> np.ndarray:
-    """Strength of the gates of each token's request: float64 [T]. Made once a step."""
-    if "strengths" not in step.notes:
-        found = np.zeros(step.num_actual_tokens)
-        for rows in (step.decodes, step.chunks):
-            for first, count, strength in zip(rows.first, rows.tokens, rows.strengths, strict=True):
-                found[first : first + count] = strength
-        step.notes["strengths"] = found
-    return step.notes["strengths"]  # type: ignore[no-any-return]
+    """Strength of the gates of each token's request: float64 [T]."""
+    assert step.state.store is not None
+    return step.state.store.lanes.strength[token_places(step)[0]]
 
 
 def subset(step: PruneAttentionMetadata, keep: np.ndarray) -> PruneAttentionMetadata:

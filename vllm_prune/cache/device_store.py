@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from vllm_prune_kernels.close import close
 from vllm_prune_kernels.grants import forget, grant
-from vllm_prune_kernels.lanes import AHEAD, NEVER, Lanes, Sizes
+from vllm_prune_kernels.lanes import AHEAD, NEVER, Lanes, Sizes, send
 from vllm_prune_kernels.plan import plan
 
 from vllm_prune.cache.geometry import LaneGeometry, cdiv
@@ -149,9 +149,7 @@ class DeviceStore:
         """Slot, shift, limit and delay of requests that begin: float64 holds all of them exactly."""
         if not fresh:
             return
-        table = torch.tensor(fresh, dtype=torch.float64)
-        if self.device.type == "cuda":
-            table = table.pin_memory().to(self.device, non_blocking=True)
+        table = send(torch.tensor(fresh, dtype=torch.float64), self.device)
         slots = table[:, 0].long()
         for column, into in enumerate((self.lanes.shift, self.lanes.limit, self.lanes.delay), start=1):
             into.index_copy_(0, slots, table[:, column].to(into.dtype))
@@ -165,9 +163,9 @@ class DeviceStore:
 
     def _send(self, tables: list[tuple[list[tuple[int, ...]], int]]) -> list[torch.Tensor]:
         """Tables int32 [n, columns] on the device."""
-        flat = torch.tensor([x for rows, _ in tables for row in rows for x in row], dtype=torch.int32)
-        if self.device.type == "cuda":
-            flat = flat.pin_memory().to(self.device, non_blocking=True)
+        flat = send(
+            torch.tensor([x for rows, _ in tables for row in rows for x in row], dtype=torch.int32), self.device
+        )
         counts = [len(rows) * columns for rows, columns in tables]
         parts = flat.split(counts)
         return [part.view(-1, columns) for part, (_, columns) in zip(parts, tables, strict=True)]

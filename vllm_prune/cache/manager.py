@@ -34,8 +34,7 @@ class PruneManager(SingleTypeKVCacheManager):
         self.expected_keep: dict[str, float] = {}
         """Kept fraction that a request of its own strength is planned with; the spec's for all others."""
         self._epochs = count(1)
-        units = max(kv_cache_spec.eviction_units, 1)
-        self.tally = Tally(self.geometry, units)
+        self.tally = Tally(self.geometry, kv_cache_spec.eviction_units)
 
     def get_num_blocks_to_allocate(
         self,

@@ -125,7 +125,7 @@ def prepare_cuda(vllm_config: VllmConfig, section: DropGateConfig, served: Serve
 
 def check_requests(vllm_config: VllmConfig, section: DropGateConfig, whole_prompt: bool) -> None:
     """Have vLLM ask us about every request's parameters (``request_check``)."""
-    model, floor = vllm_config.model_config, options_of(vllm_config).get("floor", 0.0)
+    model, floor = vllm_config.model_config, server_options(vllm_config).get("floor", 0.0)
     others = [name for name in model.logits_processors or () if not is_check(name)]
     model.logits_processors = [*others, name_check(Served(section, floor, whole_prompt))]
 

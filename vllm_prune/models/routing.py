@@ -20,7 +20,7 @@ import torch
 from vllm.forward_context import get_forward_context
 
 from vllm_prune.attention.received import attention_received
-from vllm_prune.attention.state import Passed
+from vllm_prune.attention.state import Passed, each_strength
 from vllm_prune.attention.subset import subset, token_places, token_strengths
 from vllm_prune.gates import Protection
 from vllm_prune.gates.routing import FACTS, RoutingGate
@@ -90,12 +90,10 @@ class GateRouter(Router):
         if self._always[layer]:
             return None
         facts, prompts = self._facts(step), step.notes.get("prompts")
-        strengths = token_strengths(step)
-        keep = np.ones(len(strengths), np.bool_)
-        for strength in np.unique(strengths):
-            mine = torch.from_numpy(strengths == strength)
+        keep = np.ones(step.num_actual_tokens, np.bool_)
+        for strength, mine in each_strength(token_strengths(step)):
             of = None if prompts is None else prompts[mine]
-            keep[mine.numpy()] = self.gates[layer].runs_on(facts[mine], float(strength), self.protection, of).numpy()
+            keep[mine] = self.gates[layer].runs_on(facts[mine], strength, self.protection, of).numpy()
         step.notes["ran"] = keep
         return keep
 

@@ -20,7 +20,7 @@ from torch import nn
 from vllm.forward_context import get_forward_context
 
 from vllm_prune.attention.gated import GatedAttention
-from vllm_prune.attention.state import PruneAttentionMetadata
+from vllm_prune.attention.state import PruneAttentionMetadata, each_strength
 from vllm_prune.attention.subset import token_places, token_strengths
 from vllm_prune.compute.sparse import MLPWeights, add_rows, dot_rows, sparse_mlp
 from vllm_prune.gates.shadow_token import ShadowTokenGate
@@ -95,11 +95,7 @@ class Chooser:
 
     def _choose(self, attended: torch.Tensor, strengths: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Groups bool [R, L, H] and neurons bool [R, L, M] of tokens [R, H * G * D], each at its request's strength [R]."""
-        found = np.unique(strengths).tolist()
-        if len(found) == 1:
-            return self.gate.choose(attended, found[0])
-        parts = [(torch.from_numpy(strengths == x), x) for x in found]
-        made = [(mine, *self.gate.choose(attended[mine], x)) for mine, x in parts]
+        made = [(mine, *self.gate.choose(attended[mine], x)) for x, mine in each_strength(strengths)]
         groups, neurons = (torch.empty(len(attended), *made[0][i].shape[1:], dtype=torch.bool) for i in (1, 2))
         for mine, some, few in made:
             groups[mine], neurons[mine] = some, few
