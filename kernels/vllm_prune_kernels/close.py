@@ -171,7 +171,7 @@ def close(lanes: Lanes, kv: torch.Tensor, rows: torch.Tensor, most_tokens: int) 
         most_tokens: the most tokens of a request in this step.
 
     Returns:
-        int32 [n, 12]: see the module.
+        int32 [n, ``REPORT``]: see the module.
     """
     s = lanes.sizes
     out = torch.empty(len(rows), REPORT, dtype=torch.int32, device=rows.device)

@@ -40,8 +40,8 @@ def make_up_reports() -> None:
 
     def told(lanes: Any, kv: Any, rows: Any, most_tokens: int) -> Any:
         out = real(lanes, kv, rows, most_tokens)
-        numbers = [[1] * 5 + [1 if seen else 0, 1, 1, 1, 1, 0, 0] for *_, seen in rows.tolist()]
-        return out.copy_(torch.tensor(numbers, dtype=torch.int32))
+        numbers = [[1] * 5 + [1 if seen else 0, 1, 1, 1, 1] for *_, seen in rows.tolist()]
+        return out.copy_(torch.nn.functional.pad(torch.tensor(numbers, dtype=torch.int32), (0, out.shape[1] - 10)))
 
     device_store.close = told  # type: ignore[assignment]
 

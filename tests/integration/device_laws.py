@@ -17,6 +17,7 @@ from vllm_prune.attention import cuda, gated
 from vllm_prune.attention.cuda_backend import PruneCUDABackend
 from vllm_prune.attention.device_state import DeviceState
 from vllm_prune.gates import GATES
+from vllm_prune.models import native
 
 SMALL = {} if torch.cuda.is_available() else {
     "kv_cache_memory_bytes": 4 << 20, "max_model_len": 192, "max_num_seqs": 4, "max_num_batched_tokens": 96,
@@ -34,6 +35,7 @@ def device_path(monkeypatch):
     monkeypatch.setattr(gated, "backend_class", lambda: PruneCUDABackend)
     monkeypatch.setattr(cuda, "PROGRAMS", 8)  # the interpreter runs them one after another
     monkeypatch.setattr(decode, "MOST_SPLITS", 2)
+    monkeypatch.setattr(native, "may_fuse", lambda vllm_config: True)
 
 
 @pytest.mark.parametrize("name", ON_GPU)
@@ -44,6 +46,10 @@ def test_law_2(tmp_path, name):
     model = save_gated(tmp_path, tiny_config("qwen3", layers=2), method, section=section, **METHODS[name])
     with engine(model, long_prefill_token_threshold=24, **RECORD, **SMALL) as llm:
         assert isinstance(state_of(llm), DeviceState)
+        layers = llm.apply_model(
+            lambda model: [m.fused for m in model.modules() if isinstance(m, native.GatedForward)]
+        )[0]
+        assert [layer is not None for layer in layers] == [method == "dcp"] * 2
         check(model, llm, generate(llm, prompts([1, 70] if SMALL else [1, 33, 70, 130], seed=4), tokens=8))
         assert state_of(llm).store.num_blocks > 20
         strengths = (None, 0.0, 0.5)

@@ -106,6 +106,15 @@ class GatedAttention(Attention):
             gate: Any = self.drop_gate
             self.impl.rule_at = lru_cache(64)(partial(rule_of, gate, self.section))  # type: ignore[attr-defined]
 
+    @property
+    def projection(self) -> nn.Linear | None:
+        """The layer that computes ``features`` whole and in the cache's dtype; None where more than that is done."""
+        if self.drop_gate is None or not self.serving.ruled:
+            return None
+        gate: Any = self.drop_gate
+        layer: nn.Linear | None = gate.projection
+        return layer if layer is not None and layer.weight.dtype == self.kv_cache_torch_dtype else None
+
     def features(self, x: torch.Tensor) -> torch.Tensor | None:
         """Gate features [T, F] of the layer's normed input [T, D_model]; None when gates are open, skip computation instead,
         or have none."""

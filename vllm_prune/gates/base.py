@@ -105,6 +105,12 @@ class Gate(nn.Module, ABC):
         """F: numbers a token hands to the attention op."""
 
     @property
+    def projection(self) -> nn.Linear | None:
+        """The layer that is all of ``forward``, so that it may be computed together with the base's projections; None where
+        more is done."""
+        return None
+
+    @property
     def num_remembered(self) -> int:
         """r: of these, numbers kept per token for later queries; they live in a lane of their own. 0 = none."""
         return 0

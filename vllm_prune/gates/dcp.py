@@ -75,6 +75,10 @@ class DCPGate(Gate):
         return 2 * self.rank
 
     @property
+    def projection(self) -> nn.Linear:
+        return self.qk
+
+    @property
     def num_remembered(self) -> int:
         return self.rank
 

@@ -21,6 +21,7 @@ from vllm_prune.attention.serving import ServedGate
 from vllm_prune.config import served_section, serves_stock
 from vllm_prune.gates import PromptGate, Reveal
 from vllm_prune.gates.routing import RoutingGate
+from vllm_prune.models.fused import fuse, may_fuse, split
 from vllm_prune.models.loading import load_gate_weights, without_gates
 from vllm_prune.models.prompt_facts import PromptFactsRouter
 from vllm_prune.models.prompt_router import PromptRouter
@@ -31,21 +32,26 @@ class GatedForward:
     """An attention module's forward with a drop gate: the same weights and maths until keys are dropped."""
 
     attn: Any
+    qkv_proj: Any
     o_proj: Any
     rotated: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    fused: tuple[int, int] | None = None
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.rotated(positions, hidden_states)
-        output: torch.Tensor = self.o_proj(self.attn(q, k, v, self.attn.features(hidden_states)))[0]
+        qkv = self.qkv_proj(hidden_states)[0]
+        if self.fused is None:
+            features = self.attn.features(hidden_states)
+        else:
+            qkv, features = split(qkv, self.fused)
+        output: torch.Tensor = self.o_proj(self.attn(*self.rotated(positions, qkv), features))[0]
         return output
 
 
 class PrunedQwen3Attention(GatedForward, Qwen3Attention):
     """Qwen3's attention with a drop gate."""
 
-    def rotated(self, positions: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query, key and value [T, heads * D] of the layer's normed input [T, D_model]."""
-        qkv, _ = self.qkv_proj(x)
+    def rotated(self, positions: torch.Tensor, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value [T, heads * D], normed and rotated, of their projections [T, (H G + 2 H) D]."""
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         q = self.q_norm(q.view(*q.shape[:-1], -1, self.head_dim)).view(q.shape)
         k = self.k_norm(k.view(*k.shape[:-1], -1, self.head_dim)).view(k.shape)
@@ -56,9 +62,8 @@ class PrunedQwen3Attention(GatedForward, Qwen3Attention):
 class PrunedLlamaAttention(GatedForward, LlamaAttention):
     """Llama's attention with a drop gate."""
 
-    def rotated(self, positions: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query, key and value [T, heads * D] of the layer's normed input [T, D_model]."""
-        qkv, _ = self.qkv_proj(x)
+    def rotated(self, positions: torch.Tensor, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value [T, heads * D], normed and rotated, of their projections [T, (H G + 2 H) D]."""
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         q, k = self.rotary_emb(positions, q, k)
         return q, k, v
@@ -130,6 +135,10 @@ class GatedModelMixin:
         if serves_stock(self._vllm_config):
             return loaded
         loaded |= load_gate_weights(self, self._vllm_config)  # type: ignore[arg-type]
+        if may_fuse(self._vllm_config):
+            for module in self.modules():  # type: ignore[attr-defined]
+                if isinstance(module, GatedForward):
+                    fuse(module)
         router = router_of(self)  # type: ignore[arg-type]
         if router is not None:
             route_layers(self, router)  # type: ignore[arg-type]
