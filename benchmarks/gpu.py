@@ -40,10 +40,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--block-size", type=int, help="of all variants (default: each one's own)")
     parser.add_argument("--max-num-seqs", type=int, default=64)
+    parser.add_argument("--batched-tokens", type=int, help="max_num_batched_tokens of all variants (default: vLLM's)")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--memory", type=float, default=0.9, help="gpu_memory_utilization")
     parser.add_argument(
-        "--profile", metavar="FOLDER", help="write tables of kernels there, at --decode's second setting"
+        "--profile", metavar="FOLDER", help="write tables of kernels there, at --decode's first two settings"
     )
     parser.add_argument("--json", metavar="PATH")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -66,6 +67,8 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     if args.block_size:
         options["block_size"] = args.block_size
+    if args.batched_tokens:
+        options["max_num_batched_tokens"] = args.batched_tokens
     engine = Engine(config, args.child, args.keep, args.rank, **options)
     found: dict[str, Any] = {"facts": engine.facts()}
     engine.decode(300, min(8, args.max_num_seqs), 24)  # compile what is left to compile
@@ -79,8 +82,9 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
     ]
     common.say(args.child, json.dumps(found["concurrency"]))
     if args.profile:
-        length, batch = decodes[min(1, len(decodes) - 1)]
-        Path(args.profile, f"{args.shape}-{args.child}.txt").write_text(engine.profile(length, batch))
+        for length, batch in decodes[:2]:
+            path = Path(args.profile, f"{args.shape}-{args.child}-{length}x{batch}.txt")
+            path.write_text(engine.profile(length, batch))
     return found
 
 
