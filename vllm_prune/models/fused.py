@@ -1,6 +1,7 @@
 """On a GPU the gate's projection joins the base's QKV projection: one matrix product a layer, where a second costs a launch.
 
-The merged weight is [QKV rows; gate rows; padding], the gate's own parameter a view of its part: both are loaded in place.
+The merged weight is [QKV rows; gate rows; padding], the gate's own parameter a view of its part: made before weights are loaded,
+whatever loads them fills both in place.
 ``split`` takes the product apart again. Runs in the worker. Letters: T tokens, F gate features.
 """
 
@@ -24,16 +25,14 @@ def may_fuse(vllm_config: VllmConfig) -> bool:
 
 
 def fuse(attention: Any) -> bool:
-    """Merge the projections of a loaded gated attention module, where they are of one kind; else leave it as it is.
+    """Merge the projections of a gated attention module, where they are of one kind; else leave it as it is.
 
     Args:
         attention: has ``qkv_proj``, vLLM's layer, and ``attn``, ours.
 
     Returns:
-        Whether they are merged now.
+        Whether they were merged.
     """
-    if attention.fused is not None:
-        return True
     project, gate = attention.qkv_proj, attention.attn.projection
     if gate is None or gate.bias is not None or not isinstance(project.quant_method, UnquantizedLinearMethod):
         return False

@@ -129,16 +129,14 @@ class GatedModelMixin:
                 cache_config=vllm_config.cache_config, quant_config=vllm_config.quant_config, prefix=name,
             )  # fmt: skip
             module.__class__ = gated
+            if may_fuse(vllm_config):
+                fuse(module)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         loaded: set[str] = super().load_weights(without_gates(weights))  # type: ignore[misc]
         if serves_stock(self._vllm_config):
             return loaded
         loaded |= load_gate_weights(self, self._vllm_config)  # type: ignore[arg-type]
-        if may_fuse(self._vllm_config):
-            for module in self.modules():  # type: ignore[attr-defined]
-                if isinstance(module, GatedForward):
-                    fuse(module)
         router = router_of(self)  # type: ignore[arg-type]
         if router is not None:
             route_layers(self, router)  # type: ignore[arg-type]
