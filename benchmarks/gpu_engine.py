@@ -122,6 +122,11 @@ class Engine:
         store = find_state(self.llm.llm_engine.vllm_config).store
         return int(bytes_per_page(store.lanes.sizes) * store.lanes.sizes.block_pages)
 
+    def chunks(self, tokens: int) -> int:
+        """Steps that so many prompt tokens take."""
+        most = self.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+        return -(-tokens // most)
+
     def used_bytes(self) -> int:
         blocks = self.pool.num_gpu_blocks - 1 - self.pool.get_num_free_blocks()
         return int(blocks * self.block_tokens * self.shape.kv_bytes)
@@ -139,6 +144,8 @@ class Engine:
 
     def decode(self, length: int, batch: int, new_tokens: int) -> dict[str, Any]:
         """All requests of a batch past their prompts: seconds a step, bytes of KV blocks held."""
+        # The first ones go on while the last prompts come in, chunk by chunk.
+        new_tokens += self.chunks(length * batch)
         self.add([length] * batch, new_tokens)
         begin = time.perf_counter()
         counts: dict[str, int] = {}
