@@ -1,5 +1,5 @@
-"""What a request may ask of sampling while keys are dropped: parallel samples, stop strings, structured output. And gates that are
-switched off for one request, which is then the stock base's."""
+"""What a request may ask of sampling while keys are dropped: parallel samples, stop strings, structured output. And gates
+that are switched off for one request, which is then the stock base's."""
 
 from __future__ import annotations
 
