@@ -39,7 +39,7 @@ class RayServeConfig(BaseModel):
         target_ongoing_requests: of a replica, running and queued; more of them ask for more replicas.
         target_free_kv: share of a replica's KV blocks that should be free; less asks for more replicas.
         upscale_delay_s, downscale_delay_s: how long a wish has to last.
-        look_back_period_s: both figures are means over so long.
+        look_back_period_s: both figures are means over so long; replicas report theirs every 10 seconds.
         max_ongoing_requests: a replica is given at once; more wait at the ingress.
         max_queued_requests: that may wait at an ingress replica; others get HTTP 503. -1: any number.
         retries: further replicas that a request is given to when its replica dies before it has sent anything.
@@ -61,7 +61,7 @@ class RayServeConfig(BaseModel):
     target_free_kv: float = Field(0.1, ge=0.0, lt=1.0)
     upscale_delay_s: float = Field(10.0, ge=0.0)
     downscale_delay_s: float = Field(300.0, ge=0.0)
-    look_back_period_s: float = Field(10.0, gt=0.0)
+    look_back_period_s: float = Field(20.0, gt=10.0)
     max_ongoing_requests: int = Field(256, ge=1)
     max_queued_requests: int = Field(-1, ge=-1)
     retries: int = Field(2, ge=0)
@@ -118,7 +118,9 @@ def parse_config(args: dict[str, Any]) -> RayServeConfig:
     try:
         return RayServeConfig.model_validate(args)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = min(
+            error.errors(), key=lambda one: one["type"] != "extra_forbidden"
+        )  # a typing error before what it leaves out
         where = ".".join(["args", *map(str, first["loc"])])
         if first["type"] == "extra_forbidden":
             raise PruneError(f"Ray Serve field '{where}' is unknown.",
