@@ -82,7 +82,7 @@ def example(port: int) -> dict[str, Any]:
     file: dict[str, Any] = yaml.safe_load(EXAMPLE.read_text())
     file["http_options"]["port"] = port
     args = file["applications"][0]["args"]
-    args["engine"] |= {"kv_cache_memory_bytes": "8M", "max_model_len": 512, "enable_server_load_tracking": True}
+    args["engine"] |= {"kv_cache_memory_bytes": "16M", "max_model_len": 512, "enable_server_load_tracking": True}
     args |= {
         "min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 1000, "target_free_kv": 0.6,
         "look_back_period_s": 11, "upscale_delay_s": 1, "downscale_delay_s": 3600, "health_period_s": 2, "drain_s": 5,
@@ -224,11 +224,12 @@ def both(serving, client, model) -> list[psutil.Process]:
     with ThreadPoolExecutor(8) as pool:
         try:
             runs = [pool.submit(load, number) for number in range(8)]
-            serving.wait("a second replica answers", lambda: len(serving.answered()) == 2)
+            serving.wait("a second replica starts", lambda: len(serving.processes(REPLICA)) == 2, 90)
         finally:
             enough.set()
     for run in runs:
         run.result()
+    serving.wait("it answers", lambda: complete(client, model, 8) and len(serving.answered()) == 2)
     return serving.processes(REPLICA)
 
 
@@ -248,7 +249,8 @@ def test_a_killed_replica_is_replaced_and_no_other_request_is_lost(victim, both,
     def streamed(number: int) -> str | None:
         reason = None
         try:
-            for chunk in complete(client, model, 200, f"{TEXT}  # {number}", stream=True):
+            for chunk in complete(client, model, 400, f"{TEXT}  # {number}", stream=True):
+                begun.add(number)
                 reason = chunk.choices[0].finish_reason or reason
         except APIStatusError:
             raise
@@ -256,11 +258,13 @@ def test_a_killed_replica_is_replaced_and_no_other_request_is_lost(victim, both,
             return str(error)
         return reason
 
+    begun: set[int] = set()
     before = {process.pid for process in serving.processes(REPLICA)}
     with ThreadPoolExecutor(24) as pool:
         streams = [pool.submit(streamed, number) for number in range(12)]
+        serving.wait("all streams have begun", lambda: len(begun) == len(streams), 60)
         plains = [pool.submit(plain, number) for number in range(8)]
-        time.sleep(1.5)
+        time.sleep(0.3)
         dead = serving.processes(victim)[0]
         children = dead.children()
         dead.kill()
