@@ -85,7 +85,7 @@ def example(port: int) -> dict[str, Any]:
     args["engine"] |= {"kv_cache_memory_bytes": "16M", "max_model_len": 512, "enable_server_load_tracking": True}
     args |= {
         "min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 1000, "target_free_kv": 0.6,
-        "look_back_period_s": 11, "upscale_delay_s": 1, "downscale_delay_s": 3600, "health_period_s": 2, "drain_s": 5,
+        "look_back_period_s": 11, "upscale_delay_s": 1, "downscale_delay_s": 3600, "health_period_s": 2, "drain_s": 30,
     }  # fmt: skip
     return file
 

@@ -8,12 +8,13 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectLostError, RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from vllm_prune.ray.exchange import Call, Opening
 
+DIED = (RayActorError, ObjectLostError)
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
 NO_METRICS = (
     "Each replica counts for itself, so its series are among those of its Ray node (ray_vllm_..., by ReplicaId), at the "
@@ -57,7 +58,7 @@ class Ingress:
             pieces: Any = self._engine.remote(call)
             try:
                 opening = await anext(aiter(pieces))
-            except RayActorError:
+            except DIED:
                 lost = f"{1 + self._retries} replicas died, one after another, with this request"
                 continue
             except BackPressureError:
@@ -80,7 +81,7 @@ async def _body(opening: Opening, pieces: Any) -> AsyncIterator[bytes]:
         async for piece in pieces:
             yield piece
         ended = True
-    except RayActorError:
+    except DIED:
         ended = True
         kind = dict(opening.headers).get(b"content-type", b"")
         if not kind.startswith(b"text/event-stream"):

@@ -10,6 +10,9 @@ from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
+from pydantic import ValidationError
+
+from vllm_prune.errors import PruneError
 from vllm_prune.ray.arguments import serve_arguments
 from vllm_prune.ray.config import RayServeConfig
 from vllm_prune.ray.exchange import Call, EngineGone, Opening, exchange
@@ -19,6 +22,12 @@ logger = logging.getLogger("ray.serve")
 WATCH_SECONDS = 0.2
 LAST_ANSWERS_SECONDS = 0.5
 """What requests of a dead engine have to answer with their errors before the replica ends."""
+
+
+def _refusal(error: ValidationError) -> PruneError | None:
+    """The plugin's own refusal in what vLLM's configuration class raises, which prints all of the configuration with it."""
+    cause = error.errors()[0].get("ctx", {}).get("error")
+    return cause if isinstance(cause, PruneError) else None
 
 
 class EngineReplica:
@@ -52,9 +61,14 @@ class EngineReplica:
         options = AsyncEngineArgs.from_cli_args(args)
         kv_use = KvUse()
         self._kv_use = kv_use
+        usage = UsageContext.OPENAI_API_SERVER
+        try:
+            vllm_config = options.create_engine_config(usage_context=usage)
+        except ValidationError as error:
+            raise _refusal(error) or error from None
         self._engine = AsyncLLM.from_vllm_config(
-            vllm_config=options.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER),
-            usage_context=UsageContext.OPENAI_API_SERVER,
+            vllm_config=vllm_config,
+            usage_context=usage,
             stat_loggers=[lambda vllm_config, index: kv_use, RayPrometheusStatLogger],
             enable_log_requests=options.enable_log_requests,
             disable_log_stats=options.disable_log_stats,
