@@ -82,7 +82,7 @@ def example(port: int) -> dict[str, Any]:
     file: dict[str, Any] = yaml.safe_load(EXAMPLE.read_text())
     file["http_options"]["port"] = port
     args = file["applications"][0]["args"]
-    args["engine"] |= {"kv_cache_memory_bytes": "16M", "max_model_len": 512, "enable_server_load_tracking": True}
+    args["engine"] |= {"kv_cache_memory_bytes": "16M", "max_model_len": 2048, "enable_server_load_tracking": True}
     args |= {
         "min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 1000, "target_free_kv": 0.6,
         "look_back_period_s": 11, "upscale_delay_s": 1, "downscale_delay_s": 3600, "health_period_s": 2, "drain_s": 30,
@@ -164,7 +164,7 @@ def test_a_stream_comes_piece_by_piece(client, model):
         times.append(time.monotonic() - begun)
         text += chunk.choices[0].text
     assert text == whole
-    assert len(times) > 20 and times[0] < times[-1] / 2
+    assert len(times) > 10 and times[0] < times[-1] / 2
 
 
 def test_chat(client, model):
@@ -187,15 +187,15 @@ def test_a_client_that_leaves_ends_its_request(client, model, serving):
     def load() -> int:
         return httpx.get(serving.url + "/load", timeout=30).json()["server_load"]
 
-    stream = complete(client, model, 480, stream=True)
+    stream = complete(client, model, 1900, stream=True)  # some 12 seconds
     next(iter(stream))
     assert load() == 1
     stream.close()
-    serving.wait("the stream's request ends", lambda: load() == 0, 2)
+    serving.wait("the stream's request ends", lambda: load() == 0, 8)
     with pytest.raises(httpx.ReadTimeout):
-        body = {"model": model, "prompt": TEXT, "max_tokens": 480, "ignore_eos": True}
+        body = {"model": model, "prompt": TEXT, "max_tokens": 1900, "ignore_eos": True}
         httpx.post(serving.url + "/v1/completions", json=body, timeout=0.5)
-    serving.wait("the other request ends", lambda: load() == 0, 2)
+    serving.wait("the other request ends", lambda: load() == 0, 8)
 
 
 def test_metrics_are_rays(client, model, serving):
@@ -273,8 +273,8 @@ def test_a_killed_replica_is_replaced_and_no_other_request_is_lost(victim, both,
         ends = [run.result() for run in streams]
     lost = [end for end in ends if end != "length"]
     assert 0 < len(lost) < len(ends)
-    told = "the replica died while it sent this answer" if victim == REPLICA else "EngineCore encountered an issue"
-    assert all(told in str(end) for end in lost), lost
+    told = ("the replica died while it sent this answer", "EngineCore encountered an issue")
+    assert all(end.endswith(told[0] + ".") or (victim == ENGINE and told[1] in end) for end in map(str, lost)), lost
     _, alive = psutil.wait_procs(children, timeout=10)
     assert alive == []
 
