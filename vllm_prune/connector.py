@@ -6,6 +6,7 @@ sums up each request. Worker side: applies them to the lane store before a step,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from vllm_prune.attention.serving import ServedGate
 from vllm_prune.cache.grants import LaneReport
+from vllm_prune.chat import Markers, Span
 from vllm_prune.config import served_section, server_options
 from vllm_prune.gates import Reveal
 from vllm_prune.metrics import PruneMetrics, PruneStats, kept_fractions
 from vllm_prune.pressure import LEVELS, Applied, Pressure, pressure_options
+from vllm_prune.protect import Protect
 from vllm_prune.requests import RequestGates, request_gates
 
 if TYPE_CHECKING:
@@ -54,6 +57,7 @@ class StepGrant:
         in_flight: tokens that may be scheduled before this step's report is read (0 without asynchronous scheduling).
         prompt: P, tokens of the request's own prompt, whatever was generated and is computed again.
         strength: of the gates for this request in this step.
+        spared: positions [begin, end) whose keys no gate may drop, with the first step of each life of the request.
     """
 
     epoch: int
@@ -65,6 +69,7 @@ class StepGrant:
     in_flight: int
     prompt: int
     strength: float
+    spared: Sequence[tuple[int, int]] = ()
 
 
 @dataclass
@@ -108,6 +113,10 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
         pressure = pressure_options(server_options(vllm_config))
         self._pressure = None if pressure is None else Pressure(pressure)
         self._applied: dict[str, Applied] = {}
+        extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+        self._protect: Protect = extra["protect"]
+        self._markers: Markers | None = extra["markers"]
+        self._spared: dict[str, tuple[Span, ...]] = {}
         self._reports: dict[str, list[LaneReport]] = {}
         self._doomed: set[int] = set()
         self._chunk = vllm_config.scheduler_config.max_num_batched_tokens
@@ -137,6 +146,9 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
         gates = request_gates(None if params is None else params.extra_args, self._section)
         self._requests[request.request_id] = request
         self._gates[request.request_id] = gates
+        protect = self._protect if gates.protect is None else gates.protect
+        if protect:
+            self._spared[request.request_id] = protect.spans(request.prompt_token_ids or (), self._markers)
         if gates.strength != self._section.strength and not self._dense:
             self._manager.expected_keep[request.request_id] = gates.expected_keep
 
@@ -166,7 +178,16 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
             if self._pressure is not None:
                 self._applied.setdefault(req_id, Applied()).add(strength, tokens)
             meta.grants[req_id] = StepGrant(
-                grants.epoch, blocks, tokens, covered, remaining, last, ahead, prompt, strength
+                grants.epoch,
+                blocks,
+                tokens,
+                covered,
+                remaining,
+                last,
+                ahead,
+                prompt,
+                strength,
+                self._spared.get(req_id, ()) if covered == tokens else (),
             )
         return meta
 
@@ -214,7 +235,8 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         summary = self._summary(request)
         assert self._manager is not None
-        for known in (self._requests, self._prompts, self._gates, self._applied, self._manager.expected_keep):
+        kept = (self._requests, self._prompts, self._gates, self._applied, self._spared, self._manager.expected_keep)
+        for known in kept:
             known.pop(request.request_id, None)
         return False, summary
 
@@ -234,6 +256,7 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
                 "strength": self._gates[request.request_id].strength,
                 **({} if applied is None else {"strength_applied": applied.told()}),
                 "tokens": report.covered,
+                "tokens_protected": sum(end - begin for begin, end in self._spared.get(request.request_id, ())),
                 "kept_fraction": kept["all"],
                 "kept_fraction_least_layer": kept["least"],
                 "kept_pairs": report.kept_pairs,

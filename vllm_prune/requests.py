@@ -13,10 +13,13 @@ from typing import Any
 
 from vllm_prune.config import MAX_STRENGTH, DropGateConfig
 from vllm_prune.errors import PruneError
+from vllm_prune.gates import GATES
+from vllm_prune.pressure import REVEALS
+from vllm_prune.protect import Protect, parse_protect
 
 PREFIX = "prune."
-STRENGTH, KEEP, OFF = "prune.strength", "prune.keep", "prune.off"
-FIELDS = (STRENGTH, KEEP, OFF)
+STRENGTH, KEEP, OFF, PROTECT = "prune.strength", "prune.keep", "prune.off", "prune.protect"
+FIELDS = (STRENGTH, KEEP, OFF, PROTECT)
 
 
 class BadField(PruneError):
@@ -37,10 +40,12 @@ class RequestGates:
     Attributes:
         strength: 0 opens every gate, 1 is as trained.
         expected_keep: kept fraction that admission plans with.
+        protect: what of the prompt is never dropped; None where the request does not say.
     """
 
     strength: float
     expected_keep: float
+    protect: Protect | None = None
 
 
 def request_gates(asked: Mapping[str, Any] | None, section: DropGateConfig, floor: float = 0.0) -> RequestGates:
@@ -63,8 +68,9 @@ def request_gates(asked: Mapping[str, Any] | None, section: DropGateConfig, floo
     wanted = [name for name in (STRENGTH, KEEP) if name in fields] + ([OFF] if off else [])
     if len(wanted) > 1:
         raise BadField(wanted[0], f"and {wanted[1]} exclude each other.", "Give one.")
+    protect = _protect(fields[PROTECT], section) if PROTECT in fields else None
     if not wanted:
-        return RequestGates(section.strength, section.expected_keep)
+        return RequestGates(section.strength, section.expected_keep, protect)
     (field,) = wanted
     found = section.at_strength(0.0 if off else _strength(fields, field, section))
     if found.strength > 0.0 and section.strength == 0.0:
@@ -72,13 +78,29 @@ def request_gates(asked: Mapping[str, Any] | None, section: DropGateConfig, floo
                        "Leave it out, or start the server with a strength above 0.")  # fmt: skip
     if floor and found.strength > section.strength:
         _check_floor(field, found, floor)
-    return RequestGates(found.strength, found.expected_keep)
+    return RequestGates(found.strength, found.expected_keep, protect)
 
 
 def _flag(value: Any) -> bool:
     if not isinstance(value, bool | int) or value not in (0, 1):
         raise BadField(OFF, f"must be true or false, got {value!r}.", "true opens every gate for the request.")
     return bool(value)
+
+
+def _protect(value: Any, section: DropGateConfig) -> Protect:
+    try:
+        found = parse_protect(value)
+    except ValueError as error:
+        raise BadField(PROTECT, str(error), "Correct it.") from None
+    if found and not may_protect(section):
+        raise BadField(PROTECT, f"is not possible with {section.method} gates.", "Leave it out, or say none.")
+    return found
+
+
+def may_protect(section: DropGateConfig) -> bool:
+    """Whether single keys can be kept from the gates of a checkpoint: not where they decide about many at once."""
+    gate = GATES[section.method]
+    return gate.reveal in REVEALS and not gate.routes
 
 
 def _strength(fields: Mapping[str, Any], field: str, section: DropGateConfig) -> float:

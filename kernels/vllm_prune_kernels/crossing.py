@@ -15,14 +15,15 @@ import triton.language as tl
 
 from .lanes import INTERPRETED, NEVER, Lanes
 from .rows import Rows
+from .spared import is_spared, spared_naive
 
 KEYS = 64
 
 
 @triton.jit
-def _first(q0, k, born, begin, count, start, scale, bias, sinks, window, stride, R: tl.constexpr, WIDE: tl.constexpr,
+def _first(q0, k, born, may, begin, count, start, scale, bias, window, stride, R: tl.constexpr, WIDE: tl.constexpr,
            QUERIES: tl.constexpr, WIDEN: tl.constexpr, NEVER: tl.constexpr):  # fmt: skip
-    """First crossing of keys k [WIDE, KEYS] born at ``born``, over queries begin .. count - 1 of a row."""
+    """First crossing of keys k [WIDE, KEYS] born at ``born``, over queries begin .. count - 1 of a row; NEVER unless ``may``."""
     x = tl.arange(0, WIDE)
     found = tl.zeros_like(born) + NEVER
     at = begin
@@ -35,7 +36,7 @@ def _first(q0, k, born, begin, count, start, scale, bias, sinks, window, stride,
             q = q.to(tl.float32)
         n = start + i
         score = tl.dot(q, k, input_precision="ieee") * scale + bias
-        drops = (score <= 0.0) & (i < count)[:, None] & (n[:, None] - born[None, :] > window) & (born >= sinks)[None, :]
+        drops = (score <= 0.0) & (i < count)[:, None] & (n[:, None] - born[None, :] > window) & may[None, :]
         found = tl.minimum(found, tl.min(tl.where(drops, n[:, None], NEVER), 0))
         at = tl.where(tl.max(found, 0) == NEVER, at + QUERIES, count)
     return found
@@ -43,11 +44,11 @@ def _first(q0, k, born, begin, count, start, scale, bias, sinks, window, stride,
 
 @triton.jit(do_not_specialize=["layer"])
 def _crossing(
-    table, length, position, expiry, kv, row_slot, first, row_start, features, chunk, biases, shift, scale, sinks, window, layer,
-    stride, lanes, W, total,
+    table, length, position, expiry, kv, row_slot, first, row_start, features, chunk, biases, shift, spared, n_spared, scale,
+    sinks, window, layer, stride, lanes, W, total,
     PER_LAYER: tl.constexpr, H: tl.constexpr, E: tl.constexpr, N: tl.constexpr, NG: tl.constexpr, PAGE: tl.constexpr,
     R: tl.constexpr, WIDE: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, SPLITS: tl.constexpr,
-    WIDEN: tl.constexpr, NEVER: tl.constexpr,
+    WIDEN: tl.constexpr, NEVER: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     row, unit = tl.program_id(0), tl.program_id(1)
     slot = tl.load(row_slot + row).to(tl.int64)
@@ -76,8 +77,9 @@ def _crossing(
                 k = k.to(tl.float32)
             at = tl.load(table + lane * W + j // N, mask=ok, other=0).to(tl.int64) * N + j % N
             born = tl.load(position + at, mask=ok, other=-1)
+            may = ok & ~is_spared(spared, n_spared, slot, born, sinks, ok, WORDS)
             found = _first(
-                q0, k, born, 0, count, start, scale, bias, sinks, window, stride, R, WIDE, QUERIES, WIDEN, NEVER
+                q0, k, born, may, 0, count, start, scale, bias, window, stride, R, WIDE, QUERIES, WIDEN, NEVER
             )
             old = tl.load(expiry + at, mask=ok, other=0)
             tl.store(expiry + at, tl.minimum(found, old), mask=ok & (found < old))
@@ -90,7 +92,8 @@ def _crossing(
             if WIDEN:
                 k = k.to(tl.float32)
             # window >= 0: no key is judged by itself or by an earlier query
-            found = _first(q0, k, start + j, (tile - tiles) * KEYS, count, start, scale, bias, sinks, window, stride, R, WIDE,
+            may = ok & ~is_spared(spared, n_spared, slot, start + j, sinks, ok, WORDS)
+            found = _first(q0, k, start + j, may, (tile - tiles) * KEYS, count, start, scale, bias, window, stride, R, WIDE,
                            QUERIES, WIDEN, NEVER)  # fmt: skip
             tl.store(chunk + unit * total + begin + j, found, mask=ok)
 
@@ -120,10 +123,11 @@ def crossing(
         )
     _crossing[(rows.count, s.units, splits)](
         lanes.table, lanes.length, lanes.position, lanes.expiry, kv, rows.slot, rows.first, rows.start, features, chunk, biases,
-        lanes.shift, scale, sinks, window, layer, features.stride(0), s.lanes, s.width, chunk.shape[1],
+        lanes.shift, lanes.spared, lanes.n_spared, scale, sinks, window, layer, features.stride(0), s.lanes, s.width,
+        chunk.shape[1],
         PER_LAYER=s.per_layer, H=s.heads, E=s.units, N=s.page_tokens, NG=s.gate_page_tokens, PAGE=s.page_numbers,
         R=s.gate_rank, WIDE=max(16, triton.next_power_of_2(s.gate_rank)), KEYS=KEYS, QUERIES=16 if most_tokens == 1 else 64,
-        SPLITS=splits, WIDEN=INTERPRETED, NEVER=NEVER,
+        SPLITS=splits, WIDEN=INTERPRETED, NEVER=NEVER, WORDS=s.words,
     )  # fmt: skip
 
 
@@ -149,7 +153,11 @@ def crossing_naive(
                 found = NEVER
                 for i in range(end - begin):
                     n = start + i
-                    if n - born > window and born >= sinks and float(q[i] @ k) * scale + bias <= 0.0:
+                    if (
+                        n - born > window
+                        and not spared_naive(lanes, slot, born, sinks)
+                        and float(q[i] @ k) * scale + bias <= 0.0
+                    ):
                         found = n
                         break
                 if index < len(places):

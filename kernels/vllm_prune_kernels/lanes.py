@@ -61,6 +61,11 @@ class Sizes:
         return 2 * self.page_tokens * self.head_size
 
     @property
+    def words(self) -> int:
+        """Of 32 positions each, for the longest request."""
+        return -(-self.width * self.page_tokens // 32)
+
+    @property
     def gate_page_tokens(self) -> int:
         return self.page_numbers // self.gate_rank if self.gate_rank else 1
 
@@ -82,6 +87,7 @@ class Lanes:
         dropped: int32 [S, L, E].
         shift: float32 [S], limit: int64 [S], delay: int32 [S]: how the gates decide for each request: what its strength adds to
             biases (DCP) or the threshold of logits (DMS); the hashes below which keys live; tokens until an expiry.
+        spared: int32 [S, words], a bit for each position whose key no gate may drop; n_spared: int32 [S], how many are set.
         error: int32 [1], set when a request ran out of granted pages.
         recorded: int32 [S, L, E, T], expiries of a request's keys, where drops are recorded; else [0].
     """
@@ -108,6 +114,8 @@ class Lanes:
     shift: torch.Tensor
     limit: torch.Tensor
     delay: torch.Tensor
+    spared: torch.Tensor
+    n_spared: torch.Tensor
     error: torch.Tensor
     recorded: torch.Tensor
 
@@ -126,7 +134,8 @@ class Lanes:
             full(0, s.blocks, s.block_pages), full(0, s.blocks), full(0, s.slots, s.grants), full(0, s.slots, s.grants),
             full(0, s.slots), full(0, s.slots, s.grants + 1), full(0, s.slots, s.grants + 1), full(0, s.slots, s.lanes),
             full(-1, s.blocks), full(0, s.slots, s.layers, s.units),
-            torch.zeros(s.slots, device=device), full(0, s.slots).long(), full(0, s.slots), full(0, 1),
+            torch.zeros(s.slots, device=device), full(0, s.slots).long(), full(0, s.slots),
+            full(0, s.slots, s.words), full(0, s.slots), full(0, 1),
             full(NEVER, s.slots, s.layers, s.units, record_tokens) if record_tokens else full(0, 0),
         )  # fmt: skip
 
@@ -149,7 +158,7 @@ def bytes_per_page(sizes: Sizes) -> int:
 def fixed_bytes(sizes: Sizes) -> int:
     """Bookkeeping that does not grow with the pool."""
     s = sizes
-    return 4 * s.slots * (s.lanes * (s.width + 3) + 4 * s.grants + s.layers * s.units + 4)
+    return 4 * s.slots * (s.lanes * (s.width + 3) + 4 * s.grants + s.layers * s.units + s.words + 5)
 
 
 def to_device(rows: list[tuple[int, ...]] | list[int], columns: int, device: torch.device) -> torch.Tensor:

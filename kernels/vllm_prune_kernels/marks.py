@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .lanes import NEVER, Lanes
 from .rows import Rows
+from .spared import is_spared, spared_naive
 
 TILE = 128
 
@@ -29,8 +30,9 @@ def _mix(x):
 
 @triton.jit(do_not_specialize=["layer"])
 def _delayed(
-    table, length, position, expiry, row_slot, first, row_start, features, chunk, shift, delays, sinks, layer, stride, lanes,
-    W, total, PER_LAYER: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr, NEVER: tl.constexpr,
+    table, length, position, expiry, row_slot, first, row_start, features, chunk, shift, delays, spared, n_spared, sinks, layer,
+    stride, lanes, W, total, PER_LAYER: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr, NEVER: tl.constexpr,
+    WORDS: tl.constexpr,
 ):  # fmt: skip
     row, unit = tl.program_id(0), tl.program_id(1)
     slot = tl.load(row_slot + row).to(tl.int64)
@@ -46,18 +48,20 @@ def _delayed(
         if newest >= 0:
             evicts = tl.load(features + begin.to(tl.int64) * stride + unit).to(tl.float32) > threshold
             at = tl.load(table + lane * W + newest // N).to(tl.int64) * N + newest % N
-            evicts = evicts & (tl.load(position + at) >= sinks)
+            evicts = evicts & ~is_spared(spared, n_spared, slot, tl.load(position + at), sinks, evicts, WORDS)
             tl.store(expiry + at, start + delay, mask=evicts)
     i = tl.program_id(2) * TILE + tl.arange(0, TILE)
     after = begin.to(tl.int64) + i + 1
     says = tl.load(features + after * stride + unit, mask=i + 1 < count, other=0.0).to(tl.float32)
-    evicts = (i + 1 < count) & (says > threshold) & (start + i >= sinks)
+    evicts = (i + 1 < count) & (says > threshold)
+    evicts = evicts & ~is_spared(spared, n_spared, slot, start + i, sinks, evicts, WORDS)
     tl.store(chunk + unit * total + begin + i, tl.where(evicts, start + i + 1 + delay, NEVER), mask=i < count)
 
 
 @triton.jit
 def _at_write(
-    row_slot, first, row_start, chunk, salts, limits, delays, sinks, total, TILE: tl.constexpr, NEVER: tl.constexpr
+    row_slot, first, row_start, chunk, salts, limits, delays, spared, n_spared, sinks, total, TILE: tl.constexpr,
+    NEVER: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     row, unit = tl.program_id(0), tl.program_id(1)
     slot = tl.load(row_slot + row).to(tl.int64)
@@ -70,7 +74,7 @@ def _at_write(
     p = tl.load(row_start + row) + i
     salt = tl.load(salts + unit).to(tl.uint32)
     hashed = _mix(_mix(p.to(tl.uint32)) ^ salt)
-    lives = (p < sinks) | (hashed.to(tl.int64) < limit)
+    lives = is_spared(spared, n_spared, slot, p, sinks, i < count, WORDS) | (hashed.to(tl.int64) < limit)
     tl.store(chunk + unit * total + begin + i, tl.where(lives, NEVER, p + 1 + delay), mask=i < count)
 
 
@@ -90,8 +94,8 @@ def delayed(
     if rows.count:
         _delayed[(rows.count, s.units, triton.cdiv(most_tokens, TILE))](
             lanes.table, lanes.length, lanes.position, lanes.expiry, rows.slot, rows.first, rows.start, features, chunk,
-            lanes.shift, lanes.delay, sinks, layer, features.stride(0), s.lanes, s.width, chunk.shape[1],
-            PER_LAYER=s.per_layer, N=s.page_tokens, TILE=TILE, NEVER=NEVER,
+            lanes.shift, lanes.delay, lanes.spared, lanes.n_spared, sinks, layer, features.stride(0), s.lanes, s.width,
+            chunk.shape[1], PER_LAYER=s.per_layer, N=s.page_tokens, TILE=TILE, NEVER=NEVER, WORDS=s.words,
         )  # fmt: skip
 
 
@@ -102,8 +106,8 @@ def at_write(
     ``limit`` (0 lets every key expire, 2^32 none). salts: int64 [E]. Others as for ``delayed``."""
     if rows.count:
         _at_write[(rows.count, lanes.sizes.units, triton.cdiv(most_tokens, TILE))](
-            rows.slot, rows.first, rows.start, chunk, salts, lanes.limit, lanes.delay, sinks, chunk.shape[1], TILE=TILE,
-            NEVER=NEVER,
+            rows.slot, rows.first, rows.start, chunk, salts, lanes.limit, lanes.delay, lanes.spared, lanes.n_spared, sinks,
+            chunk.shape[1], TILE=TILE, NEVER=NEVER, WORDS=lanes.sizes.words,
         )  # fmt: skip
 
 
@@ -131,10 +135,11 @@ def delayed_naive(
             newest = int(lanes.length[slot, lane]) - 1
             if newest >= 0 and float(features[begin, unit]) > threshold:
                 at = (int(lanes.table[slot, lane, newest // s.page_tokens]), newest % s.page_tokens)
-                if int(lanes.position[at]) >= sinks:
+                if not spared_naive(lanes, slot, int(lanes.position[at]), sinks):
                     lanes.expiry[at] = start + delay
             for i in range(end - begin):
-                says = i + 1 < end - begin and float(features[begin + i + 1, unit]) > threshold and start + i >= sinks
+                says = i + 1 < end - begin and float(features[begin + i + 1, unit]) > threshold
+                says = says and not spared_naive(lanes, slot, start + i, sinks)
                 chunk[unit, begin + i] = start + i + 1 + delay if says else NEVER
 
 
@@ -148,5 +153,5 @@ def at_write_naive(lanes: Lanes, rows: Rows, chunk: torch.Tensor, salts: torch.T
         for unit in range(lanes.sizes.units):
             for i in range(end - begin):
                 p = start + i
-                lives = p < sinks or mix_naive(mix_naive(p) ^ int(salts[unit])) < limit
+                lives = spared_naive(lanes, slot, p, sinks) or mix_naive(mix_naive(p) ^ int(salts[unit])) < limit
                 chunk[unit, begin + i] = NEVER if lives else p + 1 + delay

@@ -17,6 +17,7 @@ from .lanes import NEVER, Lanes
 from .marks import _mix
 from .rows import Rows
 from .settle import pair_up
+from .spared import is_spared
 
 OPEN, QUERY, DELAYED, WRITE = 0, 1, 2, 3
 """How a key's expiry becomes known: never; by a later query (DCP); from the next token (DMS); when written (window, random)."""
@@ -89,11 +90,12 @@ def _pair_listed(
 @triton.jit(do_not_specialize=["layer", "layers", "most"])
 def _single(
     table, length, position, expiry, link, dropped, recorded, kv, row_slot, first, row_start, key, value, features, constants,
-    shift, limits, delays, arrivals, deaths, dead, scale, sinks, window, layer, layers, lanes, W, most, key_stride, value_stride,
-    feature_stride,
+    shift, limits, delays, spared, n_spared, arrivals, deaths, dead, scale, sinks, window, layer, layers, lanes, W, most,
+    key_stride, value_stride, feature_stride,
     KIND: tl.constexpr, PER_LAYER: tl.constexpr, H: tl.constexpr, E: tl.constexpr, N: tl.constexpr, NG: tl.constexpr,
     D: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr, LANES: tl.constexpr,
     KEYS: tl.constexpr, LISTED: tl.constexpr, SPLITS: tl.constexpr, NEVER: tl.constexpr,
+    WORDS: tl.constexpr,
 ):  # fmt: skip
     row, unit, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot = tl.load(row_slot + row).to(tl.int64)
@@ -124,16 +126,15 @@ def _single(
             )
             score = tl.sum(k.to(tl.float32) * q[None, :], 1) * scale + bias
             born = tl.load(position + at, mask=ok, other=0)
-            drops = (score <= 0.0) & (start - born > window) & (born >= sinks) & ok & (dies > start)
+            drops = (score <= 0.0) & (start - born > window) & ok & (dies > start)
+            drops = drops & ~is_spared(spared, n_spared, slot, born, sinks, drops, WORDS)
             dies = tl.where(drops, start, dies)
             tl.store(expiry + at, dies, mask=drops)
         if KIND == 2:
             newest = j == old - 1
-            marked = (
-                newest
-                & (tl.where(newest, says, threshold) > threshold)
-                & (tl.load(position + at, mask=newest, other=0) >= sinks)
-            )
+            marked = newest & (tl.where(newest, says, threshold) > threshold)
+            born = tl.load(position + at, mask=marked, other=0)
+            marked = marked & ~is_spared(spared, n_spared, slot, born, sinks, marked, WORDS)
             dies = tl.where(marked, start + delay, dies)
             tl.store(expiry + at, dies, mask=marked)
         gone = ok & (dies <= start)
@@ -192,7 +193,9 @@ def _single(
         dies = NEVER
         if KIND == 3:
             salt, limit = tl.load(constants + unit).to(tl.uint32), tl.load(limits + slot)
-            lives = (start < sinks) | (_mix(_mix(start.to(tl.uint32)) ^ salt).to(tl.int64) < limit)
+            lives = is_spared(spared, n_spared, slot, start, sinks, start >= 0, WORDS) | (
+                _mix(_mix(start.to(tl.uint32)) ^ salt).to(tl.int64) < limit
+            )
             dies = tl.where(lives, NEVER, start + 1 + tl.load(delays + slot))
         at = tl.load(table + lane * W + left // N).to(tl.int64) * N + left % N
         tl.store(position + at, start)
@@ -224,12 +227,12 @@ def single(
     gate = key if features is None else features
     _single[(rows.count, s.units, splits)](
         lanes.table, lanes.length, lanes.position, lanes.expiry, lanes.link, lanes.dropped, lanes.recorded, kv, rows.slot,
-        rows.first, rows.start, key, value, gate, rule.constants, lanes.shift, lanes.limit, lanes.delay, meeting.arrivals,
-        meeting.deaths, meeting.dead, rule.scale, rule.sinks, rule.window, layer, s.layers, s.lanes, s.width,
-        lanes.record_tokens, key.stride(0), value.stride(0), gate.stride(0),
+        rows.first, rows.start, key, value, gate, rule.constants, lanes.shift, lanes.limit, lanes.delay, lanes.spared,
+        lanes.n_spared, meeting.arrivals, meeting.deaths, meeting.dead, rule.scale, rule.sinks, rule.window, layer,
+        s.layers, s.lanes, s.width, lanes.record_tokens, key.stride(0), value.stride(0), gate.stride(0),
         KIND=rule.kind, PER_LAYER=s.per_layer, H=s.heads, E=s.units, N=s.page_tokens, NG=s.gate_page_tokens, D=s.head_size,
         R=s.gate_rank, RANK=max(16, triton.next_power_of_2(s.gate_rank)),
         WIDE=triton.next_power_of_2(max(2 * s.head_size, s.gate_rank)), PAGE=s.page_numbers,
         LANES=triton.next_power_of_2(s.per_layer // (1 if s.units == 1 else s.heads)), KEYS=KEYS, LISTED=LISTED, SPLITS=splits,
-        NEVER=NEVER,
+        NEVER=NEVER, WORDS=s.words,
     )  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 from support import engine, generate, pool_is_whole, preempted, prompts, save_gated, state_of, tiny_config, token_ids
 from test_law2_drop_sets import METHODS, RECORD, check
 from test_pressure import check_pressure, options
+from test_protect_served import POSITIONS, SPARED, check_spared
 from test_request_strength import asking, check_strengths, greedy
 from vllm_prune_kernels import decode
 from vllm_prune_training.masked import load_gated
@@ -68,6 +69,18 @@ def test_pressure(tmp_path, name):
     room = {**SMALL, "kv_cache_memory_bytes": 2 << 20, **options(start=0.14, full=0.26, slack=0.01)}
     with engine(model, long_prefill_token_threshold=24, **room) as llm:
         check_pressure(llm, model, [50, 60])
+
+
+@pytest.mark.parametrize("name", ["dcp", "dms", "window"])
+def test_protected_keys(tmp_path, name):
+    """Beside a request that protects nothing, and in the slot of one that has ended."""
+    model = save_gated(tmp_path, tiny_config("qwen3", layers=1), name, **METHODS[name])
+    with engine(model, long_prefill_token_threshold=24, **RECORD, **SMALL) as llm:
+        asked = [greedy({"prune.protect": SPARED}, 8), greedy(tokens=8)]
+        check_spared(
+            llm, model, llm.generate(prompts([85, 60], seed=3), asked, use_tqdm=False), [POSITIONS, frozenset()]
+        )
+        check_spared(llm, model, llm.generate(prompts([50], seed=4), asked[1], use_tqdm=False), [frozenset()])
 
 
 @pytest.mark.parametrize(("family", "group"), [("qwen3", 3), ("llama", 2)])

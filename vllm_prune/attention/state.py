@@ -126,6 +126,8 @@ class WorkerState(StepState):
         for req_id, grant in meta.grants.items():
             store.update(req_id, grant.epoch, grant.new_blocks)
             store.set_facts(req_id, grant.prompt, grant.strength)
+            if grant.spared:
+                store.spare(req_id, grant.spared)
         self._step = meta.grants
 
     def metadata(

@@ -23,7 +23,7 @@ from vllm_prune.cache.grants import LaneReport
 from vllm_prune.cache.views import layers_in_one
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from vllm_prune.attention.serving import Knobs
     from vllm_prune.connector import StepGrant
@@ -39,6 +39,7 @@ class DeviceSlot:
     seen: int = 0
     peak_pages: int = 0
     strength: float | None = None
+    spared: int = 0
 
 
 @dataclass
@@ -118,6 +119,7 @@ class DeviceStore:
         plans: list[tuple[int, ...]] = []
         closes: list[tuple[int, ...]] = []
         fresh: list[tuple[float, ...]] = []
+        spared: list[tuple[int, Sequence[tuple[int, int]]]] = []
         for req_id in ended:
             self._forget(req_id, gone)
         for req_id, given in grants.items():
@@ -131,15 +133,19 @@ class DeviceStore:
                 state = self.slots[req_id] = DeviceSlot(self._free_slots.pop(), given.epoch, given.new_blocks[0])
                 if self.record:
                     self.events.add((req_id, given.epoch))
+            if given.spared:
+                state.spared = sum(end - begin for begin, end in given.spared)
+                spared.append((state.slot, given.spared))
             if state.strength != given.strength:
                 state.strength, knobs = given.strength, self.knobs(given.strength)
-                fresh.append((state.slot, knobs.shift, knobs.limit, knobs.delay))
+                fresh.append((state.slot, knobs.shift, knobs.limit, knobs.delay, state.spared))
             for rank, block in enumerate(given.new_blocks):
                 news.append((state.slot, block, state.seen + rank, rank))
             state.seen += len(given.new_blocks)
             plans.append((state.slot, given.tokens, len(given.new_blocks)))
             closes.append(self._close_row(state, given))
         self._set_knobs(fresh)
+        self._set_spared(spared)
         tables = self._send([(gone, 2), (news, 4), (plans, 3), (closes, 4)])
         forget(self.lanes, tables[0])
         grant(self.lanes, tables[1])
@@ -148,13 +154,23 @@ class DeviceStore:
         self._closing = (tables[3], most, grants) if grants else None
 
     def _set_knobs(self, fresh: list[tuple[float, ...]]) -> None:
-        """Slot, shift, limit and delay of requests that begin, or go on at another strength: float64 holds all exactly."""
+        """Slot, shift, limit, delay, n_spared of requests that begin or go on at another strength: float64 holds all exactly."""
         if not fresh:
             return
         table = send(torch.tensor(fresh, dtype=torch.float64), self.device)
         slots = table[:, 0].long()
-        for column, into in enumerate((self.lanes.shift, self.lanes.limit, self.lanes.delay), start=1):
+        lanes = self.lanes
+        for column, into in enumerate((lanes.shift, lanes.limit, lanes.delay, lanes.n_spared), start=1):
             into.index_copy_(0, slots, table[:, column].to(into.dtype))
+
+    def _set_spared(self, spared: list[tuple[int, Sequence[tuple[int, int]]]]) -> None:
+        """Slot and spans, [begin, end), of requests that begin."""
+        for slot, spans in spared:
+            bits = np.zeros((self.lanes.sizes.words, 32), np.uint8)
+            for begin, end in spans:
+                bits.reshape(-1)[begin:end] = 1
+            words = np.packbits(bits, axis=1, bitorder="little").view("<i4").reshape(-1)
+            self.lanes.spared[slot].copy_(send(torch.from_numpy(words), self.device))
 
     def _close_row(self, state: DeviceSlot, given: StepGrant) -> tuple[int, ...]:
         """See ``close``: how far the scheduler may have gone when it reads this step's report."""

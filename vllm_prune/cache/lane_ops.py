@@ -20,8 +20,8 @@ from vllm_prune.cache.geometry import LaneGeometry
 NEVER = 2**31 - 1
 
 _ARRAYS = ("kv", "table", "length", "free_pages", "n_free", "page_lane", "page_index", "pos", "exp", "mass", "dropped", "ends",
-           "closed", "prompt", "events", "n_events")  # fmt: skip
-_SIZES = ("events_cap", "lanes", "W", "F", "L", "H", "B", "N", "D", "r", "Ng", "per_layer", "units", "elem")
+           "closed", "prompt", "spared", "n_spared", "events", "n_events")  # fmt: skip
+_SIZES = ("events_cap", "lanes", "W", "F", "T", "L", "H", "B", "N", "D", "r", "Ng", "per_layer", "units", "elem")
 
 
 class Store(ctypes.Structure):
@@ -158,13 +158,15 @@ class Lanes:
         self.ends = np.zeros(max_requests, np.int64)
         self.closed = np.zeros((max_requests, g.num_layers, units), np.uint8)
         self.prompt = np.full(max_requests, NEVER, np.int32)
+        self.spared = np.zeros((max_requests, width * g.block_tokens), np.uint8)
+        self.n_spared = np.zeros(max_requests, np.int32)
         self.strength = np.zeros(max_requests)  # of each slot's request; rules are made of it in Python
         self.n_events = np.zeros(1, np.int64)
         self.events = np.zeros((0, 4), np.int32)
         sizes = dict(
-            events_cap=0, lanes=g.num_lanes, W=width, F=free_width, L=g.num_layers, H=g.num_kv_heads, B=num_blocks,
-            N=g.block_tokens, D=g.head_size, r=g.gate_rank, Ng=max(g.gate_page_tokens, 1), per_layer=g.lanes_per_layer,
-            units=units, elem=elem,
+            events_cap=0, lanes=g.num_lanes, W=width, F=free_width, T=width * g.block_tokens, L=g.num_layers, H=g.num_kv_heads,
+            B=num_blocks, N=g.block_tokens, D=g.head_size, r=g.gate_rank, Ng=max(g.gate_page_tokens, 1),
+            per_layer=g.lanes_per_layer, units=units, elem=elem,
         )  # fmt: skip
         self.store = Store(**sizes)
         for name in _ARRAYS[1:]:

@@ -30,10 +30,12 @@ typedef struct {
     int64_t *ends;       /* [S] sum over dropped keys of the first query that did not see them */
     uint8_t *closed;     /* [S, L, E] lanes that hold nothing from the prompt's end on */
     int32_t *prompt;     /* [S] tokens of the prompt */
+    uint8_t *spared;     /* [S, T] positions whose keys no gate may drop */
+    int32_t *n_spared;   /* [S] how many */
     int32_t *events;     /* [cap, 4] slot, layer * E + unit, key, expiry */
     int64_t *n_events;   /* [1] */
     int64_t events_cap;  /* 0 records nothing */
-    int64_t lanes, W, F;
+    int64_t lanes, W, F, T;
     int64_t L, H, B, N, D, r, Ng, per_layer, units, elem; /* elem: bytes of a number, 2 (bfloat16) or 4 (float32) */
 } Store;
 
@@ -58,6 +60,10 @@ static inline int32_t *row_of(const Store *a, int64_t s, int64_t lane) { return 
 static inline int32_t *length_of(const Store *a, int64_t s, int64_t lane) { return a->length + s * a->lanes + lane; }
 static inline int32_t position_in(const Tokens *t, int32_t start, int64_t first, int64_t i) {
     return t->positions ? t->positions[first + i] : start + (int32_t)i;
+}
+/* Whether the key at a position may not be dropped: one of the first ``sinks``, or of those that its request spares. */
+static inline int is_spared(const Store *a, int64_t s, int32_t p, int64_t sinks) {
+    return p < sinks || (a->n_spared[s] && a->spared[s * a->T + p]);
 }
 static inline int64_t page_tokens(const Store *a, int64_t h) { return h >= a->H ? a->Ng : a->N; }
 static inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }

@@ -7,6 +7,7 @@ Runs in the worker; CPU (the arrays are numpy, the loops over them compiled, ``l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -144,6 +145,9 @@ class LaneStore:
         a.ends[s] = 0
         a.closed[s] = 0
         a.prompt[s] = NEVER
+        if a.n_spared[s]:
+            a.spared[s] = 0
+            a.n_spared[s] = 0
         self._free_slots.append(s)
 
     def _page_view(self, array: np.ndarray, block: int) -> np.ndarray:
@@ -155,6 +159,13 @@ class LaneStore:
         its gates decide."""
         slot = self.slots[req_id].slot
         self.lanes.prompt[slot], self.lanes.strength[slot] = prompt, strength
+
+    def spare(self, req_id: str, spans: Sequence[tuple[int, int]]) -> None:
+        """Positions [begin, end) of a request that just began whose keys no gate may drop."""
+        a, slot = self.lanes, self.slots[req_id].slot
+        for begin, end in spans:
+            a.spared[slot, begin:end] = 1
+        a.n_spared[slot] = a.spared[slot].sum()
 
     # After a step ------------------------------------------------------------------------------------------------
 

@@ -122,9 +122,9 @@ int steps_decode_by_query(const Store *a, int64_t layer, int64_t rows, const int
             score_block(kt, q, a->r, scale, biases[unit], out);
             for (int64_t j = 0; j < n; j++) {
                 if (out[j] > 0.0f) continue;
-                if (sinks > 0 || window > 0) {
+                if (sinks > 0 || window > 0 || a->n_spared[s]) {
                     const int32_t p = position_of(a, s, kv_lane, base + j);
-                    if (p < sinks || positions[i] - p <= window) continue;
+                    if (is_spared(a, s, p, sinks) || positions[i] - p <= window) continue;
                 }
                 victims[count] = (int32_t)(base + j);
                 when[count++] = positions[i];
@@ -142,7 +142,7 @@ static void mark_newest(const Store *a, int64_t s, int64_t lane, int32_t expiry,
     const int64_t i = *length_of(a, s, lane) - 1;
     if (i < 0) return;
     const int64_t at = row_of(a, s, lane)[i / a->N] * a->N + i % a->N;
-    if (a->pos[at] >= sinks) a->exp[at] = expiry;
+    if (!is_spared(a, s, a->pos[at], sinks)) a->exp[at] = expiry;
 }
 
 int steps_decode_delayed(const Store *a, int64_t layer, int64_t rows, const int32_t *slots, const int32_t *first, const int32_t *positions,
@@ -169,8 +169,8 @@ static uint32_t mix(uint32_t x) {
 }
 
 /* Expiry of a key known when it is written. limit 0 lets every key expire, 2^32 none. */
-static int32_t expiry_at_write(int32_t position, uint32_t salt, int64_t limit, int32_t delay, int32_t sinks) {
-    if (position < sinks || (int64_t)mix(mix((uint32_t)position) ^ salt) < limit) return NEVER;
+static int32_t expiry_at_write(const Store *a, int64_t s, int32_t position, uint32_t salt, int64_t limit, int32_t delay, int32_t sinks) {
+    if (is_spared(a, s, position, sinks) || (int64_t)mix(mix((uint32_t)position) ^ salt) < limit) return NEVER;
     return position + 1 + delay;
 }
 
@@ -179,7 +179,7 @@ int steps_decode_at_write(const Store *a, int64_t layer, int64_t rows, const int
                           const Tokens *t, const uint32_t *salts, int64_t limit, int32_t delay, int32_t sinks) {
     for (int64_t i = 0; i < rows; i++)
         for (int64_t unit = 0; unit < a->units; unit++) {
-            const int32_t expiry = expiry_at_write(positions[i], salts[unit], limit, delay, sinks);
+            const int32_t expiry = expiry_at_write(a, slots[i], positions[i], salts[unit], limit, delay, sinks);
             int error = drop_expired(a, slots[i], layer, unit, positions[i]);
             if (!error) error = lanes_append(a, slots[i], layer, unit, positions[i], &expiry, 0, t, first[i], 1);
             if (error) return error;
@@ -194,19 +194,19 @@ void steps_chunk_expiry_at_write(const Store *a, int64_t s, int64_t layer, int32
         const int64_t lane = layer * a->per_layer + unit, length = *length_of(a, s, lane);
         for (int64_t i = 0; i < length; i++) past[unit * width + i] = a->exp[row_of(a, s, lane)[i / a->N] * a->N + i % a->N];
         for (int64_t i = 0; i < c; i++)
-            chunk[unit * c + i] = expiry_at_write(start + (int32_t)i, salts[unit], limit, delay, sinks);
+            chunk[unit * c + i] = expiry_at_write(a, s, start + (int32_t)i, salts[unit], limit, delay, sinks);
     }
 }
 
 /* First crossing of up to BLOCK keys (positions p, expiries e) over queries i in [from, c) at positions start + i. */
-static void first_crossing(const float *kt, const int32_t *p, int32_t *e, int64_t n, const float *q, int64_t r, int64_t from, int64_t c,
+static void first_crossing(const Store *a, int64_t s, const float *kt, const int32_t *p, int32_t *e, int64_t n, const float *q, int64_t r, int64_t from, int64_t c,
                            int32_t start, float scale, float bias, int32_t sinks, int32_t window) {
     float out[BLOCK];
     int64_t left = n;
     for (int64_t i = from; i < c && left > 0; i++) {
         score_block(kt, q + i * r, r, scale, bias, out);
         for (int64_t j = 0; j < n; j++)
-            if (out[j] <= 0.0f && e[j] == NEVER && p[j] >= sinks && start + i - p[j] > window) {
+            if (out[j] <= 0.0f && e[j] == NEVER && start + i - p[j] > window && !is_spared(a, s, p[j], sinks)) {
                 e[j] = (int32_t)(start + i);
                 left--;
             }
@@ -226,7 +226,7 @@ static int unit_expiry_by_query(const Store *a, int64_t s, int64_t layer, int64_
         n = block_in_page(a, base, length);
         load_gate_keys(a, s, gate_lane, base, n, kt);
         for (int64_t j = 0; j < n; j++) p[j] = position_of(a, s, kv_lane, base + j);
-        first_crossing(kt, p, past + base, n, q, a->r, 0, c, start, scale, bias, sinks, window);
+        first_crossing(a, s, kt, p, past + base, n, q, a->r, 0, c, start, scale, bias, sinks, window);
     }
     for (int64_t base = 0; base < c; base += BLOCK) {
         const int64_t n = c - base < BLOCK ? c - base : BLOCK;
@@ -237,7 +237,7 @@ static int unit_expiry_by_query(const Store *a, int64_t s, int64_t layer, int64_
             for (int64_t x = 0; x < a->r; x++) kt[x * BLOCK + j] = k[x];
         }
         /* start + i - p[j] > window >= 0 keeps a key from being judged by itself or by earlier queries. */
-        first_crossing(kt, p, chunk + base, n, q, a->r, base + 1, c, start, scale, bias, sinks, window);
+        first_crossing(a, s, kt, p, chunk + base, n, q, a->r, base + 1, c, start, scale, bias, sinks, window);
     }
     free(q);
     return 0;
@@ -261,7 +261,7 @@ int steps_chunk_expiry_delayed(const Store *a, int64_t s, int64_t layer, int32_t
         if (start > 0 && widen(a, feature(a, t, first, 0), unit) > threshold) mark_newest(a, s, lane, start + delay, sinks);
         for (int64_t i = 0; i < length; i++) past[unit * width + i] = a->exp[row_of(a, s, lane)[i / a->N] * a->N + i % a->N];
         for (int64_t i = 0; i < c; i++) {
-            const int evict = i + 1 < c && start + i >= sinks && widen(a, feature(a, t, first + i + 1, 0), unit) > threshold;
+            const int evict = i + 1 < c && !is_spared(a, s, start + (int32_t)i, sinks) && widen(a, feature(a, t, first + i + 1, 0), unit) > threshold;
             chunk[unit * c + i] = evict ? (int32_t)(start + i + 1 + delay) : NEVER;
         }
     }

@@ -55,10 +55,12 @@ class GateShape:
 @dataclass(frozen=True)
 class Protection:
     """Keys that no gate may drop: the first ``sinks`` tokens, and every key younger than ``window`` tokens
-    (query n may drop key j only if ``n - j > window``). Both 0 in the published DCP."""
+    (query n may drop key j only if ``n - j > window``). Both 0 in the published DCP. And the positions that a request
+    spares."""
 
     sinks: int = 0
     window: int = 0
+    spared: frozenset[int] = frozenset()
 
 
 def decision_shift(strength: float) -> float:
@@ -234,7 +236,10 @@ def expiry_mask(expiry: torch.Tensor) -> torch.Tensor:
 
 
 def protected_from(protection: Protection, num_tokens: int, device: torch.device | None = None) -> torch.Tensor:
-    """First query position at which each key may be dropped at all: int64 [T], NEVER for sinks."""
+    """First query position at which each key may be dropped at all: int64 [T], NEVER for sinks and what is spared."""
     pos = torch.arange(num_tokens, device=device)
+    never = pos < protection.sinks
+    if protection.spared:
+        never |= torch.isin(pos, torch.tensor(sorted(protection.spared), device=device))
     first = pos + protection.window + 1
-    return torch.where(pos < protection.sinks, torch.full_like(first, NEVER), first)
+    return torch.where(never, torch.full_like(first, NEVER), first)

@@ -13,6 +13,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vllm_prune.attention.serving import ServedGate
 from vllm_prune.cache.geometry import LaneGeometry
+from vllm_prune.chat import Markers, find_markers
 from vllm_prune.checkpoint import GENERIC_ARCHITECTURE
 from vllm_prune.compat import CONNECTOR, CONNECTOR_MODULE, check
 from vllm_prune.config import (
@@ -30,6 +31,8 @@ from vllm_prune.gates import Reveal
 from vllm_prune.models.request_check import Served, is_check, name_check
 from vllm_prune.models.whole_prompt import need_whole_prompts
 from vllm_prune.pressure import REVEALS, pressure_options
+from vllm_prune.protect import DEFAULT, Protect, parse_protect
+from vllm_prune.requests import may_protect
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -42,9 +45,10 @@ table, in reach of every lane for its longest request, weighs more than half a p
 
 OP = "vllm_prune::gated_attention"
 
-OPTIONS = {"strength": float, "record": bool, "keep": float, "floor": float, "pressure": object}
+OPTIONS = {"strength": float, "record": bool, "keep": float, "floor": float, "pressure": object, "protect": str}
 """Server options: ``--additional-config '{"vllm_prune": {...}}'``. ``floor``: kept fraction that no request may go below by its
-own wish (``requests.py``). ``pressure``: strength follows how full the pool is (``pressure.py``)."""
+own wish (``requests.py``). ``pressure``: strength follows how full the pool is (``pressure.py``). ``protect``: what of every
+prompt is never dropped, unless the request says (``protect.py``)."""
 
 
 def options_of(vllm_config: VllmConfig) -> dict[str, Any]:
@@ -60,6 +64,8 @@ def options_of(vllm_config: VllmConfig) -> dict[str, Any]:
             raise PruneError(
                 f"additional_config.vllm_prune.{name} must be true or false, got {value!r}.", "Correct it."
             )
+        if OPTIONS[name] is str and not isinstance(value, str):
+            raise PruneError(f"additional_config.vllm_prune.{name} must be text, got {value!r}.", "Correct it.")
         if OPTIONS[name] is float and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise PruneError(f"additional_config.vllm_prune.{name} must be a number, got {value!r}.", "Correct it.")
     strength = options.get("strength")
@@ -139,11 +145,43 @@ def prepare_cuda(vllm_config: VllmConfig, section: DropGateConfig, served: Serve
         compilation.splitting_ops = [*ops, OP]
 
 
-def check_requests(vllm_config: VllmConfig, section: DropGateConfig, whole_prompt: bool) -> None:
+def markers_of(vllm_config: VllmConfig) -> Markers | None:
+    """Of the chat template of the model's tokenizer; None where there is none, or none that we understand."""
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    model = vllm_config.model_config
+    if model.skip_tokenizer_init:
+        return None
+    try:
+        return find_markers(cached_tokenizer_from_config(model))
+    except (OSError, ValueError) as error:  # vLLM itself will say what is wrong with the tokenizer
+        logger.info("vllm-prune: no chat markers are known: %s", error)
+        return None
+
+
+def served_protect(vllm_config: VllmConfig, section: DropGateConfig, markers: Markers | None) -> Protect:
+    """What is protected in every prompt. Raises PruneError when the option asks for what cannot be had."""
+    said = server_options(vllm_config).get("protect")
+    try:
+        found = parse_protect(DEFAULT if said is None else said)
+    except ValueError as error:
+        raise PruneError(f"additional_config.vllm_prune.protect {error}", "Correct it.") from None
+    if not may_protect(section) or (found.asks_for_chat and markers is None):
+        if said is None or not found:
+            return Protect()
+        raise PruneError(
+            f"refused (protect): {section.method} gates decide about many keys at once." if not may_protect(section) else
+            "refused (protect): the tokenizer has no chat template that sets messages apart by special tokens.",
+            "Leave additional_config.vllm_prune.protect out.",
+        )  # fmt: skip
+    return found
+
+
+def check_requests(vllm_config: VllmConfig, section: DropGateConfig, whole_prompt: bool, chat: bool) -> None:
     """Have vLLM ask us about every request's parameters (``request_check``)."""
     model, floor = vllm_config.model_config, server_options(vllm_config).get("floor", 0.0)
     others = [name for name in model.logits_processors or () if not is_check(name)]
-    model.logits_processors = [*others, name_check(Served(section, floor, whole_prompt))]
+    model.logits_processors = [*others, name_check(Served(section, floor, whole_prompt, chat))]
 
 
 class GatedModelConfig(VerifyAndUpdateConfig):
@@ -160,7 +198,9 @@ class GatedModelConfig(VerifyAndUpdateConfig):
         check_calibration(gate_file, section)
         device = vllm_config.device_config.device_type
         served = ServedGate.of(section)
-        check_requests(vllm_config, section, served.whole_prompt)
+        markers = markers_of(vllm_config)
+        protect = served_protect(vllm_config, section, markers)
+        check_requests(vllm_config, section, served.whole_prompt, markers is not None)
         check_pressure(vllm_config, section, served)
         if serves_stock(vllm_config):
             logger.info("vllm-prune: every gate is open (strength 0): the base is served as it is")
@@ -195,8 +235,9 @@ class GatedModelConfig(VerifyAndUpdateConfig):
         # No consumer: blocks of a request that ended while a step is in flight may go to the next one at once, since all that
         # touches them is in the order of one stream.
         vllm_config.kv_transfer_config = KVTransferConfig(
-            kv_connector=CONNECTOR, kv_connector_module_path=CONNECTOR_MODULE, kv_role="kv_producer"
-        )
+            kv_connector=CONNECTOR, kv_connector_module_path=CONNECTOR_MODULE, kv_role="kv_producer",
+            kv_connector_extra_config={"protect": protect, "markers": markers},
+        )  # fmt: skip
         logger.info(
             "vllm-prune: %s gates at strength %g, %d layers, planned kept fraction %g",
             section.method, section.strength, section.num_layers, section.expected_keep,

@@ -17,7 +17,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
 
 from vllm_prune.config import DropGateConfig
-from vllm_prune.requests import BadField, RequestGates, request_gates
+from vllm_prune.requests import PROTECT, BadField, RequestGates, request_gates
 
 _PREFIX = "RequestCheckOf"
 
@@ -29,12 +29,14 @@ class Served:
     Attributes:
         section: as served.
         floor: see ``request_gates``.
+        chat: whether messages can be found in a prompt.
         whole_prompt: gates skip tokens of the prompt by what comes after them: these have no log-probabilities.
     """
 
     section: DropGateConfig
     floor: float
     whole_prompt: bool
+    chat: bool = False
 
     def gates(self, params: SamplingParams) -> RequestGates:
         """Raises VLLMValidationError (HTTP 400) for what cannot be served."""
@@ -42,6 +44,11 @@ class Served:
             found = request_gates(params.extra_args, self.section, self.floor)
         except BadField as error:
             raise VLLMValidationError(str(error), parameter=error.field) from None
+        if found.protect and found.protect.asks_for_chat and not self.chat:
+            raise VLLMValidationError(
+                f"{PROTECT}: messages cannot be found in this server's prompts: its tokenizer has no chat template that sets "
+                "them apart by special tokens. Give token ranges (A:B).", parameter=PROTECT,
+            )  # fmt: skip
         if self.whole_prompt and found.strength > 0.0 and params.prompt_logprobs is not None:
             raise VLLMValidationError(
                 "vllm-prune: refused (prompt-logprobs): this checkpoint's gates skip tokens of the prompt by what comes after "

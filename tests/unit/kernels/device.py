@@ -88,6 +88,10 @@ class Pool:
         shift[-1] = float("inf")
         limit = (slots + 1) * 2**30
         limit[-1] = 2**32
+        spared = torch.zeros_like(self.lanes.spared)
+        spared[1, 0], spared[1, 1] = -(2**31) + 0b1011, 3  # positions 0, 1, 3, 31, 32, 33
+        self.lanes.spared.copy_(spared)
+        self.lanes.n_spared[1] = 6
         for into, values in ((self.lanes.shift, shift), (self.lanes.limit, limit), (self.lanes.delay, 7 + slots)):
             into.copy_(values)
 
