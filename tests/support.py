@@ -37,6 +37,9 @@ def own_process(file: Path, timeout: int) -> None:
     assert done.returncode == 0, done.stdout + done.stderr  # nonzero too where no test was found
 
 
+EXACT = torch.float32 if torch.cuda.is_available() or torch.cpu._is_amx_tile_supported() else torch.bfloat16
+"""Dtype in which open gates say what stock vLLM says, token for token: in bfloat16 stock has kernels of its own on a GPU and with
+AMX, whose near ties fall either way."""
 RECORD = {"additional_config": {"vllm_prune": {"record": True}}}
 """Options of an engine that remembers the expiry of every key."""
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support import (
+    EXACT,
     RECORD,
     alone_and_in_a_batch,
     engine,
@@ -95,8 +96,8 @@ def test_a_router_that_never_skips_is_stock_vllm(tmp_path):
     from vllm.engine.arg_utils import EngineArgs
     from vllm.exceptions import VLLMValidationError
 
-    stock = save_base(tmp_path / "base", tiny_config("qwen3", layers=3), torch.bfloat16)
-    folder = save_ftp(tmp_path / "gated", "qwen3", torch.bfloat16, 3, bias=1e4)
+    stock = save_base(tmp_path / "base", tiny_config("qwen3", layers=3), EXACT)
+    folder = save_ftp(tmp_path / "gated", "qwen3", EXACT, 3, bias=1e4)
     batch, found = prompts([1, 31, 64, 150], seed=2), []
     for path in (stock, folder):
         with engine(path, enable_chunked_prefill=False) as llm:

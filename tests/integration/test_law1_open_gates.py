@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 
 import pytest
-import torch
 from support import (
+    EXACT,
     engine,
     generate,
     pool_is_whole,
@@ -24,8 +24,6 @@ from support import (
 
 FAMILIES = ("qwen3", "llama", "generic")
 SHAPES = [(64, 1), (64, 2), (64, 8), (128, 1), (128, 2), (128, 8)]
-DTYPE = torch.float32 if torch.cuda.is_available() else torch.bfloat16
-"""On a GPU vLLM's attention is another kernel than ours: in bfloat16 near ties fall either way."""
 FULL = os.environ.get("VLLM_PRUNE_FULL") == "1"
 BOUNDARY = {"ltp": {"theta": 1e-6}, "acc": {"least": 1.0}}
 """LTP runs its second pass and drops nothing; a budget of everything is not even counted."""
@@ -43,18 +41,18 @@ def checkpoints(tmp_path_factory):
             config = tiny_config("qwen2" if family == "generic" else family, head_dim=head_dim, group=group, layers=2)
             folder = tmp_path_factory.mktemp(f"{family}-{head_dim}-{group}")
             made[family, head_dim, group] = (
-                save_base(folder / "base", config, DTYPE),
-                save_gated(folder / "zero", config, "dcp", DTYPE, section={"strength": 0.0},
+                save_base(folder / "base", config, EXACT),
+                save_gated(folder / "zero", config, "dcp", EXACT, section={"strength": 0.0},
                            generic=family == "generic"),
-                save_gated(folder / "never", config, "dcp", DTYPE, generic=family == "generic", beta=60.0),
+                save_gated(folder / "never", config, "dcp", EXACT, generic=family == "generic", beta=60.0),
             )  # fmt: skip
     config, (base, *_) = tiny_config("qwen3", layers=2), made["qwen3", 64, 2]
     for method, params in BOUNDARY.items():  # what decides from attention has a path of its own
         folder = tmp_path_factory.mktemp(method)
         made[method] = (
             base,
-            save_gated(folder / "zero", config, method, DTYPE, section={"strength": 0.0}),
-            save_gated(folder / "never", config, method, DTYPE, **params),
+            save_gated(folder / "zero", config, method, EXACT, section={"strength": 0.0}),
+            save_gated(folder / "never", config, method, EXACT, **params),
         )
     return made
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from support import (
+    EXACT,
     PROMPT_LENGTHS,
     RECORD,
     alone_and_in_a_batch,
@@ -101,12 +102,18 @@ def test_after_preemption(made):
 def test_open_gates_are_stock_vllm(method, tmp_path):
     """At strength 0, and with gates that run and let everybody through."""
     config = tiny_config("qwen3", layers=LAYERS)
-    base = save_base(tmp_path / "base", config, torch.bfloat16)
+    base = save_base(tmp_path / "base", config, EXACT)
     found = []
     for folder, options in (
         (base, {}),
-        (save_prompt_gated(tmp_path / "never", "qwen3", method, strong=0.0), {"dtype": "bfloat16"}),
-        (save_prompt_gated(tmp_path / "zero", "qwen3", method, strength=0.0), {"dtype": "bfloat16"}),
+        (
+            save_prompt_gated(tmp_path / "never", "qwen3", method, strong=0.0),
+            {"dtype": str(EXACT).removeprefix("torch.")},
+        ),
+        (
+            save_prompt_gated(tmp_path / "zero", "qwen3", method, strength=0.0),
+            {"dtype": str(EXACT).removeprefix("torch.")},
+        ),
     ):
         with engine(folder, enable_chunked_prefill=False, **options) as llm:
             found.append(token_ids(generate(llm, prompts(PROMPT_LENGTHS, seed=2), tokens=16)))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import (
+    EXACT,
     engine,
     ftp_gates,
     generate,
@@ -161,8 +162,8 @@ def test_a_router_that_never_skips_is_stock_vllm(tmp_path):
     from vllm_prune.models.native import RoutedQwen3Layer
 
     config = tiny_config("qwen3", layers=3)
-    stock = save_base(tmp_path / "base", config, torch.bfloat16)
-    save_base(tmp_path / "gated", config, torch.bfloat16)
+    stock = save_base(tmp_path / "base", config, EXACT)
+    save_base(tmp_path / "gated", config, EXACT)
     gates = ftp_gates(GateShape(config.hidden_size, config.num_key_value_heads, 3))
     with torch.no_grad():
         gates[0].router[2].bias[0] += 1e4

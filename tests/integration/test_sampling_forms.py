@@ -33,9 +33,9 @@ def test_switched_off_is_the_stock_base(tmp_path):
     batch = prompts([200, 77, 310], seed=2)
     plain: dict[str, Any] = {"temperature": 0, "max_tokens": 24, "ignore_eos": True, "detokenize": False}
     off, on = SamplingParams(extra_args={"prune.off": True}, **plain), SamplingParams(**plain)
-    with engine(tmp_path, max_model_len=1024) as stock:
+    with engine(tmp_path, max_model_len=1024, dtype="float32") as stock:
         theirs = stock.generate(batch, on, use_tqdm=False)
-    with engine(REFERENCE, max_model_len=1024) as llm:
+    with engine(REFERENCE, max_model_len=1024, dtype="float32") as llm:
         ours = llm.generate([batch[0], batch[1], batch[0], batch[2]], [off, off, on, off], use_tqdm=False)
     assert token_ids([ours[0], ours[1], ours[3]]) == token_ids(theirs)
     assert told(ours[2])["keys_dropped"] > 0

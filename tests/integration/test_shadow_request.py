@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import (
+    EXACT,
     engine,
     generate,
     pool_is_whole,
@@ -54,10 +55,10 @@ def test_it_says_what_the_twin_says(tmp_path, closed):
 def test_open_gates_are_stock(tmp_path):
     """Strength 0, and a predictor that runs but closes nothing."""
     config = tiny_config("qwen3", layers=2)
-    base = save_base(tmp_path / "base", config, torch.bfloat16)
+    base = save_base(tmp_path / "base", config, EXACT)
     folders = [
-        save_gated(tmp_path / "zero", config, "shadow", torch.bfloat16, section={"strength": 0.0}, **PARAMS),
-        save_gated(tmp_path / "none", config, "shadow", torch.bfloat16, **PARAMS, closed=0.0),
+        save_gated(tmp_path / "zero", config, "shadow", EXACT, section={"strength": 0.0}, **PARAMS),
+        save_gated(tmp_path / "none", config, "shadow", EXACT, **PARAMS, closed=0.0),
     ]
     found = []
     for folder in (base, *folders):
