@@ -7,6 +7,7 @@ a ``drop_gate`` section and ``drop_gate.safetensors``. Read in the front end (to
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any, Literal, get_type_hints
 
 import torch
@@ -15,11 +16,12 @@ from safetensors import SafetensorError, safe_open
 
 from vllm_prune.calibration import Calibration, gates_digest
 from vllm_prune.errors import PruneError
-from vllm_prune.gates import GATES, Gate, GateShape, Protection
+from vllm_prune.gates import GATES, Gate, GateShape, Protection, Reads
 
 SECTION = "drop_gate"
 GATE_FILE = "drop_gate.safetensors"
 TENSOR_PREFIX = "drop_gate.layers"
+AGAIN = "Copy or export the checkpoint again."
 MAX_STRENGTH = 16.0
 MAX_TOKENS = 2**30
 """Bound of every count of tokens: positions plus a delay must fit int32."""
@@ -51,6 +53,8 @@ class DropGateConfig(_Strict):
             preemptions, never correctness). With a calibration table it follows from that, at any strength.
         calibration: what each strength keeps and costs, measured by ``vllm-prune calibrate``.
         dtype: of the gate tensors once loaded; ``auto`` is the model's.
+        tensors: where they lie: in the gate ``file``, or, of public checkpoints, among the ``base``'s weights
+            (``public_dms.py``).
         provenance: how the gates were made, free form; not read by the server.
     """
 
@@ -65,6 +69,7 @@ class DropGateConfig(_Strict):
     expected_keep: float = Field(1.0, gt=0.0, le=1.0)
     calibration: Calibration | None = None
     dtype: Literal["auto", "float32"] = "auto"
+    tensors: Literal["file", "base"] = "file"
     provenance: dict[str, Any] = Field(default_factory=dict)
 
     @property
@@ -209,6 +214,12 @@ def served_section(vllm_config: Any) -> DropGateConfig:
     return parse_drop_gate(vllm_config.model_config.hf_config, options.get("strength"), options.get("keep"))
 
 
+def gate_reads(vllm_config: Any) -> Reads:
+    """What the served gates read of a token."""
+    with torch.device("meta"):
+        return served_section(vllm_config).build_gate().reads
+
+
 def serves_stock(vllm_config: Any) -> bool:
     """Whether every gate is open on a device where open lanes have nothing to say for themselves: vLLM's own attention then
     serves the base as it is. On CPU lanes are vLLM's kernel in any case."""
@@ -250,31 +261,61 @@ def load_gates(path: str, section: DropGateConfig) -> list[dict[str, torch.Tenso
         PruneError: the file is truncated or no safetensors, a tensor is missing, unknown, of a wrong shape, or not finite,
             or the tensors make no sense to the method.
     """
+    try:
+        with safe_open(path, framework="pt") as file:
+            _check_names(set(file.keys()), section, GATE_FILE)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file, no dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, PruneError):
+            raise
+        raise PruneError(f"{GATE_FILE} cannot be read: {error}.", AGAIN) from None
+    return gate_states(tensors, section, GATE_FILE)
+
+
+def _wanted(section: DropGateConfig) -> dict[str, torch.Size]:
+    """Names and shapes of the gate tensors of every layer."""
     with torch.device("meta"):
-        wanted = {
+        return {
             f"{TENSOR_PREFIX}.{layer}.{name}": tensor.shape
             for layer, gate in enumerate(section.build_gates())
             for name, tensor in gate.state_dict().items()
         }
-    again = "Copy or export the checkpoint again."
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = set(file.keys())
-            for name in sorted(set(wanted) ^ found):
-                kind = "missing" if name in wanted else "not part of this method"
-                raise PruneError(f"tensor '{name}' in {GATE_FILE} is {kind}.", again)
-            tensors = {name: file.get_tensor(name) for name in wanted}
-    except (SafetensorError, OSError, ValueError) as error:
-        if isinstance(error, PruneError):
-            raise
-        raise PruneError(f"{GATE_FILE} cannot be read: {error}.", again) from None
+
+
+def _check_names(found: set[str], section: DropGateConfig, where: str, shown: Callable[[str], str] = str) -> None:
+    wanted = set(_wanted(section))
+    for name in sorted(wanted ^ found):
+        kind = "missing" if name in wanted else "not part of this method"
+        raise PruneError(f"tensor '{shown(name)}' in {where} is {kind}.", AGAIN)
+
+
+def gate_states(
+    tensors: dict[str, torch.Tensor], section: DropGateConfig, where: str, shown: Callable[[str], str] = str
+) -> list[dict[str, torch.Tensor]]:
+    """Check the gate tensors of every layer.
+
+    Args:
+        tensors: by the names of a gate file.
+        section: the validated ``drop_gate`` section.
+        where: they were read, for messages.
+        shown: the name a tensor has there.
+
+    Returns:
+        One state dict a layer, L of them.
+
+    Raises:
+        PruneError: as ``load_gates``.
+    """
+    _check_names(set(tensors), section, where, shown)
+    wanted = _wanted(section)
     for name, tensor in tensors.items():
         if tensor.shape != wanted[name]:
             raise PruneError(
-                f"tensor '{name}' in {GATE_FILE} has shape {list(tensor.shape)}, expected {list(wanted[name])}.", again
+                f"tensor '{shown(name)}' in {where} has shape {list(tensor.shape)}, expected {list(wanted[name])}.",
+                AGAIN,
             )
         if not tensor.is_floating_point() or not bool(torch.isfinite(tensor.float()).all()):
-            raise PruneError(f"tensor '{name}' in {GATE_FILE} holds values that are not finite numbers.", again)
+            raise PruneError(f"tensor '{shown(name)}' in {where} holds values that are not finite numbers.", AGAIN)
     layers: list[dict[str, torch.Tensor]] = [{} for _ in range(section.num_layers)]
     for name, tensor in tensors.items():
         layer, _, key = name.removeprefix(TENSOR_PREFIX + ".").partition(".")
@@ -282,11 +323,11 @@ def load_gates(path: str, section: DropGateConfig) -> list[dict[str, torch.Tenso
     for index, state in enumerate(layers):
         problem = GATES[section.method].state_problem(state)
         if problem is not None:
-            raise PruneError(f"the gate of layer {index} in {GATE_FILE} is wrong: {problem}.", again)
+            raise PruneError(f"the gate of layer {index} in {where} is wrong: {problem}.", AGAIN)
     try:
         GATES[section.method].check_states(layers)
     except ValueError as error:
-        raise PruneError(f"{GATE_FILE} holds no gates of method '{section.method}': {error}.", again) from None
+        raise PruneError(f"{where} holds no gates of method '{section.method}': {error}.", AGAIN) from None
     return layers
 
 

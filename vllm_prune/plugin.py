@@ -9,9 +9,17 @@ from vllm_prune.compat import version_problem
 
 logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's logger: only that one has a handler
 
+MODELOPT_ARCHITECTURE = "Qwen3ForCausalLMDMS"
+PUBLIC_ARCHITECTURES = (
+    "Qwen3ForCausalLM", "Qwen3Model", MODELOPT_ARCHITECTURE, "LlamaForCausalLM", "LlamaModel", "TransformersForCausalLM",
+    "TransformersEmbeddingModel",
+)  # fmt: skip
+"""What vLLM makes of public DMS checkpoints, whose architectures are their base's, or NVIDIA's, or missing."""
+
 _MODEL_CLASSES = {
     GATED_ARCHITECTURES["Qwen3ForCausalLM"]: "vllm_prune.models.native:PrunedQwen3ForCausalLM",
     GATED_ARCHITECTURES["LlamaForCausalLM"]: "vllm_prune.models.native:PrunedLlamaForCausalLM",
+    MODELOPT_ARCHITECTURE: "vllm_prune.models.native:PrunedQwen3ForCausalLM",
     GENERIC_ARCHITECTURE: "vllm_prune.models.generic:PrunedTransformersForCausalLM",
 }
 
@@ -22,7 +30,13 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from vllm_prune.models.hook import GatedModelConfig
+    from vllm_prune.models.public import PublicDMSConfig
 
+    for architecture in PUBLIC_ARCHITECTURES:
+        if MODELS_CONFIG_MAP.setdefault(architecture, PublicDMSConfig) is not PublicDMSConfig:
+            logger.warning(
+                "vllm-prune: public DMS checkpoints of %s are not recognised: it has another hook", architecture
+            )
     for architecture, model_class in _MODEL_CLASSES.items():
         if architecture not in ModelRegistry.models:
             ModelRegistry.register_model(architecture, model_class)

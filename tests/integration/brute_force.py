@@ -23,7 +23,7 @@ from vllm_prune.gates.prompt import received_naive
 L, H, G, D, N, RANK = 2, 2, 2, 32, 32, 8
 BLOCKS, CHUNK, LONGEST, SINKS, DELAY, WINDOW = 24, 70, 320, 2, 5, 40
 BIASES = np.asarray([2.5, 3.5], np.float32)
-PER_HEAD = ("dcp_kv_head", "dms", "random", "shadow")
+PER_HEAD = ("dcp_kv_head", "dms", "dms_own", "random", "shadow")
 SALTS, LIMIT = np.asarray([7, 2**31 + 5], np.uint32), 2**31
 """Of random eviction: half of the keys survive."""
 BOUNDARY = {
@@ -34,7 +34,19 @@ BOUNDARY = {
 WHOLE = ("ftp_of_prompts", "ltp_prompt", "acc_prompt")
 ROUTED = ("ftp", *WHOLE)
 """Methods whose layer 1 skips tokens by the attention of layer 0, real-valued too; with ``WHOLE`` prompts come in one step."""
-METHODS = ("open", "dcp", "dcp_kv_head", "dms", "window", "random", *BOUNDARY, *ROUTED, "shadow", "shadow_token")
+METHODS = (
+    "open",
+    "dcp",
+    "dcp_kv_head",
+    "dms",
+    "dms_own",
+    "window",
+    "random",
+    *BOUNDARY,
+    *ROUTED,
+    "shadow",
+    "shadow_token",
+)
 SEEN: Counter = Counter()
 """What the histories of this run went through; checked at the end, so that the machine cannot pass by idling."""
 
@@ -104,7 +116,7 @@ class BruteForce:
             q, k, v = (rng.standard_normal((L, heads, D), np.float32) for heads in (H * G, H, H))
             if self.method.startswith("dcp"):
                 f = rng.integers(-1, 2, (L, 2 * RANK * self.units)).astype(np.float32)
-            elif self.method == "dms":
+            elif self.method.startswith("dms"):
                 f = rng.choice(np.asarray([-1.0, 1.0], np.float32), (L, H))
             else:
                 f = np.zeros((L, 0), np.float32)
@@ -172,6 +184,8 @@ class BruteForce:
                     out[unit, j] = hits[0] if hits else NEVER
             elif self.method == "dms" and j + 1 < t:
                 out[:, j] = np.where(f[j + 1] > 0, j + 1 + DELAY, NEVER)
+            elif self.method == "dms_own":
+                out[:, j] = np.where(f[j] > 0, j + 1 + DELAY, NEVER)
             elif self.method == "window":
                 out[0, j] = j + 1 + WINDOW
             elif self.method == "random":

@@ -93,6 +93,7 @@ class PoolMachine(BruteForce, RuleBasedStateMachine):
             "dcp": Reveal.BY_QUERY,
             "dcp_kv_head": Reveal.BY_QUERY,
             "dms": Reveal.DELAYED,
+            "dms_own": Reveal.DELAYED,
             "shadow": Reveal.PER_REQUEST,
             "shadow_token": Reveal.NONE,
         }.get(method, Reveal.AT_BOUNDARY if method in BOUNDARY else Reveal.AT_WRITE)
@@ -108,6 +109,7 @@ class PoolMachine(BruteForce, RuleBasedStateMachine):
             "dcp": QueryRule(1.0, BIASES[:1]),
             "dcp_kv_head": QueryRule(1.0, BIASES),
             "dms": DelayRule(0.0, DELAY),
+            "dms_own": DelayRule(0.0, DELAY, own=True),
             "window": WriteRule(SALTS[:1], 0, WINDOW),
             "random": WriteRule(SALTS, LIMIT, DELAY),
         }.get(method)
@@ -313,7 +315,9 @@ class PoolMachine(BruteForce, RuleBasedStateMachine):
         # A delayed drop may be carried out at the end of the chunk before the query that would miss the key.
         last = model.covered - 1
         e = model.expiry[layer, unit]
-        done = self.method in ("dms", "window", "random", "shadow") and self.last_was_masked(model, layer, unit)
+        done = self.method in ("dms", "dms_own", "window", "random", "shadow") and self.last_was_masked(
+            model, layer, unit
+        )
         return [j for j in range(model.covered) if e[j] > last + (1 if done else 0)]
 
     def last_was_masked(self, model: Model, layer: int, unit: int) -> bool:

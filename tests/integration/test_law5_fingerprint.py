@@ -235,8 +235,9 @@ def test_second_call_adds_nothing(result):
 def test_only_our_entries_are_added(result):
     added = result["added"]
     gated = ["PrunedLlamaForCausalLM", "PrunedQwen3ForCausalLM", "PrunedTransformersForCausalLM"]
-    assert added["models"] == gated
-    assert added["hooks"] == gated
+    public = ["LlamaForCausalLM", "LlamaModel", "Qwen3ForCausalLM", "Qwen3ForCausalLMDMS", "Qwen3Model"]
+    assert added["models"] == [*gated, "Qwen3ForCausalLMDMS"]
+    assert added["hooks"] == sorted([*gated, *public, "TransformersForCausalLM", "TransformersEmbeddingModel"])
     assert "PruneSpec" in added["specs"]
 
 

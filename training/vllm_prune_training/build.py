@@ -23,7 +23,7 @@ from transformers import (
 
 from vllm_prune.config import SECTION, DropGateConfig, find_gate_file, load_gates
 from vllm_prune.errors import PruneError
-from vllm_prune.gates import Gate
+from vllm_prune.gates import Gate, Reads
 from vllm_prune.gates.borrowed import borrow
 from vllm_prune.gates.ftp import share_router
 
@@ -202,6 +202,9 @@ def make_trained(recipe: Recipe, model: PreTrainedModel, device: torch.device) -
     if recipe.gate.method != NO_GATES:
         section = gate_section(recipe, model.config)
         gates = make_gates(recipe, section)
+        if gates[0].reads is not Reads.INPUT:
+            raise PruneError(f"gate.params: gates that read the {gates[0].reads} are served, not trained.",
+                             "Use form separate or borrowed.")  # fmt: skip
         before = probe(model)
         dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
         gated = GatedModel(model, gates, section, cache_dtype=dtype, visibility=recipe.training.visibility)

@@ -1,8 +1,8 @@
 """Drop gates on any Hugging Face decoder, as masks: the naive twin of the server, used to train and to check.
 
-A pre-hook on each layer's ``self_attn`` takes the layer's normed input, the gate turns it into features, and an
-attention function of our own applies what follows from them: a soft bias (training), a hard expiry mask (what the
-server does), or nothing but causality.
+A hook on each layer takes what the gate reads, as a rule the layer's normed input (``reads``), the gate turns it into
+features, and an attention function of our own applies what follows from them: a soft bias (training), a hard expiry mask
+(what the server does), or nothing but causality.
 
 Dimension letters: B batch, T tokens, L layers, H KV heads, G query heads per KV head, D head size, F features a token,
 E eviction units of a layer (1 or H), V vocabulary.
@@ -21,18 +21,20 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vllm_prune.config import DropGateConfig, find_gate_file, load_gates, parse_drop_gate
+from vllm_prune.config import DropGateConfig, parse_drop_gate
 from vllm_prune.errors import PruneError
 from vllm_prune.gates import NEVER, BoundaryGate, Gate, Reveal, ShadowTokenGate, expiry_mask
 from vllm_prune.gates.borrowed import without_borrowed
 from vllm_prune.gates.routing import RoutingGate
 from vllm_prune.gates.shadow import closed_expiry
+from vllm_prune.public_dms import read_gates, recognise
 
 from . import lean
 from .attend import attend, attend_masked, past_mean
 from .boundaries import Walk
 from .families import attention_modules
 from .prompt_pass import PromptPass, start_prompts
+from .reads import watch
 from .routed import Decide, RoutedLayers, Routes
 from .shadow.twin import TokenTwin
 
@@ -183,7 +185,7 @@ class GatedModel(nn.Module):
             object.__setattr__(layer, "prune_call", self.calls[index])
             if self.routed is not None:
                 continue
-            layer.register_forward_pre_hook(self._hook(index), with_kwargs=True)
+            watch(model, layer, gates[index], self.calls[index].clear, partial(self._take, index))
 
     @property
     def config(self) -> Any:
@@ -191,19 +193,15 @@ class GatedModel(nn.Module):
         return self.model.config
 
     def features(self, layer: int, x: torch.Tensor) -> torch.Tensor:
-        """What the server would score: the gate's output of x [B, T, D_model], rounded to the cache's dtype."""
+        """What the server would score: the gate's output of what it reads, [B, T, D_model] as a rule, in the cache's dtype."""
         gate = self.gates[layer]
         dtype = next(gate.parameters(), x).dtype  # a window has no parameters
         with torch.autocast(x.device.type, enabled=False):
             return gate(x.to(dtype)).to(self.cache_dtype)
 
-    def _hook(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def take(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.calls[index].clear()
-            if self._mode != "open":
-                self._gate(index, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
-
-        return take
+    def _take(self, index: int, x: torch.Tensor) -> None:
+        if self._mode != "open":
+            self._gate(index, x)
 
     def _gate(self, index: int, x: torch.Tensor) -> None:
         gate, call = self.gates[index], self.calls[index]
@@ -355,7 +353,8 @@ class GatedModel(nn.Module):
 
 
 def load_gated(folder: str | Path, dtype: str | torch.dtype = "auto", strength: float | None = None) -> GatedModel:
-    """Load a gated checkpoint with plain Hugging Face classes and our gates, ready for evaluation.
+    """Load a gated checkpoint, or a public DMS checkpoint as it is (``public_dms``), with plain Hugging Face classes and our
+    gates, ready for evaluation.
 
     Args:
         folder: of the checkpoint. The class follows from ``model_type``, not from the gated architecture's name.
@@ -363,9 +362,10 @@ def load_gated(folder: str | Path, dtype: str | torch.dtype = "auto", strength: 
         strength: replaces the checkpoint's strength.
     """
     config = AutoConfig.from_pretrained(folder)
+    recognise(config, str(folder))
     section = parse_drop_gate(config, strength)
     model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
-    states = load_gates(find_gate_file(str(folder)), section)
+    states = read_gates(str(folder), section)
     wanted = torch.float32 if section.dtype == "float32" else model.dtype
     gates = []
     for layer, state in enumerate(states):

@@ -203,7 +203,7 @@ class PruneCPUImpl(GatedImpl):
         if isinstance(rule, QueryRule):
             check(lib.steps_decode_by_query(*args, rule.scale, rule.biases.ctypes.data, served.sinks, served.window))
         elif isinstance(rule, DelayRule):
-            check(lib.steps_decode_delayed(*args, rule.threshold, rule.delay, served.sinks))
+            check(lib.steps_decode_delayed(*args, rule.threshold, rule.delay, served.sinks, rule.own))
         elif isinstance(rule, WriteRule):
             check(lib.steps_decode_at_write(*args, rule.salts.ctypes.data, rule.limit, rule.delay, served.sinks))
         elif isinstance(rule, RequestRule):
@@ -245,7 +245,7 @@ class PruneCPUImpl(GatedImpl):
             check(lib.steps_chunk_expiry_by_query(*args, rule.scale, rule.biases.ctypes.data, served.sinks, served.window,
                                                   past.ctypes.data, past.shape[1], chunk.ctypes.data))  # fmt: skip
         elif isinstance(rule, DelayRule):
-            check(lib.steps_chunk_expiry_delayed(*args, rule.threshold, rule.delay, served.sinks,
+            check(lib.steps_chunk_expiry_delayed(*args, rule.threshold, rule.delay, served.sinks, rule.own,
                                                  past.ctypes.data, past.shape[1], chunk.ctypes.data))  # fmt: skip
         elif isinstance(rule, WriteRule):
             lib.steps_chunk_expiry_at_write(*where, count, rule.salts.ctypes.data, rule.limit, rule.delay,

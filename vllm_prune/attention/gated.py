@@ -22,7 +22,7 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm_prune.attention.serving import ServedGate, rule_of
 from vllm_prune.cache.spec import PruneSpec
 from vllm_prune.config import DropGateConfig, served_section
-from vllm_prune.gates.borrowed import without_borrowed
+from vllm_prune.gates.borrowed import borrowed_numbers, without_borrowed
 
 _LIBRARY = torch.library.Library("vllm_prune", "FRAGMENT")
 
@@ -87,7 +87,8 @@ class GatedAttention(Attention):
         self.section = section_of(vllm_config)
         self.serving = ServedGate.of(self.section)
         with torch.device("meta"):
-            self.borrows = self.section.build_gate().borrows
+            built = self.section.build_gate()
+        self.borrows, self.reads = built.borrows, built.reads
         self.drop_gate: nn.Module | None = None
         if self.serving.reveal is not None:
             gate = self.section.build_gate().at_layer(extract_layer_index(self.layer_name))
@@ -116,12 +117,18 @@ class GatedAttention(Attention):
         return layer if layer is not None and layer.weight.dtype == self.kv_cache_torch_dtype else None
 
     def features(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Gate features [T, F] of the layer's normed input [T, D_model]; None when gates are open, skip computation instead,
-        or have none."""
+        """Gate features [T, F] of what the gate ``reads``, the layer's normed input [T, D_model] as a rule; None when gates are
+        open, skip computation instead, or have none."""
         if self.drop_gate is None or not self.serving.ruled or not self.drop_gate.num_features:
             return None
         dtype = torch.float32 if self.section.dtype == "float32" else x.dtype
         return self.drop_gate(x.to(dtype)).to(self.kv_cache_torch_dtype)
+
+    def lend(self, query: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Features [T, F] of gates that read numbers of the query, and the query for RoPE. query: [T, H * G * D], unrotated."""
+        heads = query.view(-1, self.num_heads, self.head_size)
+        features = self.features(borrowed_numbers(heads, self.num_kv_heads))
+        return features, without_borrowed(heads, self.num_kv_heads).view(query.shape) if self.borrows else query
 
     def forward(  # type: ignore[override]
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, features: torch.Tensor | None = None

@@ -81,12 +81,14 @@ class QueryRule:
 
 @dataclass(frozen=True)
 class DelayRule:
-    """DMS in one layer: key j gets expiry j + 1 + delay iff logit of token j + 1 > threshold.
+    """DMS in one layer: key j gets expiry j + 1 + delay iff logit of token j + 1 > threshold, or that of token j where keys are
+    decided about by their ``own`` tokens.
 
     ``delay`` already includes a protected window wider than the gate's own."""
 
     threshold: float
     delay: int
+    own: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +163,7 @@ def rule_of(gate: Gate, section: DropGateConfig, strength: float) -> Rule | None
         biases = gate.beta.float().cpu().reshape(-1).numpy() + np.float32(knobs.shift)
         return QueryRule(1.0 / math.sqrt(gate.unit_rank), biases.astype(np.float32))
     if isinstance(gate, DMSGate):
-        return DelayRule(knobs.shift, knobs.delay)
+        return DelayRule(knobs.shift, knobs.delay, gate.own)
     if isinstance(gate, WindowGate):
         return WriteRule(np.zeros(1, np.uint32), knobs.limit, knobs.delay)
     if isinstance(gate, RandomGate):

@@ -1,7 +1,7 @@
 /* What happens to lanes before (decode) and around (prefill chunk) attention in one layer. The naive twin is reference.py.
  *
  * by query (DCP): score = dot(q', k') * scale + bias of its unit, key dropped iff score <= 0, by the query's own position.
- * delayed (DMS): logit of token n > threshold gives key n - 1 the expiry n + delay.
+ * delayed (DMS): logit of token n > threshold gives key n - 1 the expiry n + delay, or its own key n + 1 + delay.
  * at write (window, random): key j gets the expiry j + 1 + delay unless a hash of its position lies below a limit.
  * Sums run over r in one fixed order and without contraction, so that chunking cannot change a decision.
  */
@@ -146,14 +146,16 @@ static void mark_newest(const Store *a, int64_t s, int64_t lane, int32_t expiry,
 }
 
 int steps_decode_delayed(const Store *a, int64_t layer, int64_t rows, const int32_t *slots, const int32_t *first, const int32_t *positions,
-                         const Tokens *t, float threshold, int32_t delay, int32_t sinks) {
+                         const Tokens *t, float threshold, int32_t delay, int32_t sinks, int32_t own) {
     for (int64_t i = 0; i < rows; i++)
         for (int64_t unit = 0; unit < a->units; unit++) {
             const int64_t s = slots[i], lane = layer * a->per_layer + unit;
             const int32_t now = positions[i];
-            if (now > 0 && widen(a, feature(a, t, first[i], 0), unit) > threshold) mark_newest(a, s, lane, now + delay, sinks);
+            const int evict = widen(a, feature(a, t, first[i], 0), unit) > threshold;
+            const int32_t expiry = own && evict && !is_spared(a, s, now, sinks) ? now + 1 + delay : NEVER;
+            if (!own && now > 0 && evict) mark_newest(a, s, lane, now + delay, sinks);
             int error = drop_expired(a, s, layer, unit, now);
-            if (!error) error = append_one(a, s, layer, unit, now, t, first[i]);
+            if (!error) error = lanes_append(a, s, layer, unit, now, &expiry, 0, t, first[i], 1);
             if (error) return error;
         }
     return 0;
@@ -253,15 +255,19 @@ int steps_chunk_expiry_by_query(const Store *a, int64_t s, int64_t layer, int32_
     return error;
 }
 
-/* The same for delayed decisions: past [E, width], chunk [E, C]. Marks the newest past key of each unit. */
+/* The same for delayed decisions: past [E, width], chunk [E, C]. Marks the newest past key of each unit, unless keys are decided
+ * about by their own tokens. */
 int steps_chunk_expiry_delayed(const Store *a, int64_t s, int64_t layer, int32_t start, int64_t first, int64_t c, const Tokens *t,
-                               float threshold, int32_t delay, int32_t sinks, int32_t *past, int64_t width, int32_t *chunk) {
+                               float threshold, int32_t delay, int32_t sinks, int32_t own, int32_t *past, int64_t width, int32_t *chunk) {
     for (int64_t unit = 0; unit < a->units; unit++) {
         const int64_t lane = layer * a->per_layer + unit, length = *length_of(a, s, lane);
-        if (start > 0 && widen(a, feature(a, t, first, 0), unit) > threshold) mark_newest(a, s, lane, start + delay, sinks);
+        if (!own && start > 0 && widen(a, feature(a, t, first, 0), unit) > threshold)
+            mark_newest(a, s, lane, start + delay, sinks);
         for (int64_t i = 0; i < length; i++) past[unit * width + i] = a->exp[row_of(a, s, lane)[i / a->N] * a->N + i % a->N];
         for (int64_t i = 0; i < c; i++) {
-            const int evict = i + 1 < c && !is_spared(a, s, start + (int32_t)i, sinks) && widen(a, feature(a, t, first + i + 1, 0), unit) > threshold;
+            const int64_t said = own ? i : i + 1; /* which of the chunk's tokens decides about its token i */
+            const int evict = said < c && !is_spared(a, s, start + (int32_t)i, sinks) &&
+                              widen(a, feature(a, t, first + said, 0), unit) > threshold;
             chunk[unit * c + i] = evict ? (int32_t)(start + i + 1 + delay) : NEVER;
         }
     }

@@ -36,6 +36,15 @@ class Reveal(StrEnum):
     NONE = "none"  # no key ever expires: the method skips computation alone
 
 
+class Reads(StrEnum):
+    """What a gate's ``forward`` is given of a token: the layer's normed input, its unnormed input (the residual stream), or
+    the borrowed numbers of its query, after projection and q_norm and before RoPE (``borrowed.py``)."""
+
+    INPUT = "input"
+    STREAM = "stream"
+    QUERY = "query"
+
+
 class Scope(StrEnum):
     """Who shares one decision: all KV heads of a layer, or each KV head for itself."""
 
@@ -80,16 +89,17 @@ class Gate(nn.Module, ABC):
     """One layer's drop gate. ``forward`` maps the layer's normed input to features, from which expiries follow.
 
     Class attributes declare how it is served: ``reveal``, ``scope``, ``unit`` (scale of ``decision_shift``), and whether
-    rows of soft visibility depend on earlier rows (``row_carry``). ``scope``, ``borrows`` and ``whole_prompt`` may depend on
-    the gate's parameters; ``borrows``: attention must ignore a number of each group's first query head (``borrowed.py``);
-    ``routes``: what it decides is which tokens a layer runs on (``routing.py``); ``whole_prompt``: and it must see a
-    prompt whole (``prompt.py``).
+    rows of soft visibility depend on earlier rows (``row_carry``). ``scope``, ``reads``, ``unit``, ``borrows`` and
+    ``whole_prompt`` may depend on the gate's parameters; ``borrows``: attention must ignore a number of each group's first
+    query head (``borrowed.py``); ``routes``: what it decides is which tokens a layer runs on (``routing.py``);
+    ``whole_prompt``: and it must see a prompt whole (``prompt.py``).
     """
 
     method: ClassVar[str]
     reveal: ClassVar[Reveal]
     scope: Scope
-    unit: ClassVar[float] = 1.0
+    reads: Reads = Reads.INPUT
+    unit: float = 1.0
     row_carry: ClassVar[bool] = False
     borrows: bool = False
     routes: ClassVar[bool] = False
@@ -149,7 +159,8 @@ class Gate(nn.Module, ABC):
         """Features of each token.
 
         Args:
-            x: [..., D_model], the output of the layer's first norm (what feeds Q, K and V).
+            x: [..., D_model], the output of the layer's first norm (what feeds Q, K and V), or what ``reads`` says: the
+                stream [..., D_model], or numbers of the query [..., H].
 
         Returns:
             [..., F], in the dtype of ``x``.

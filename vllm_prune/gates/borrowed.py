@@ -30,6 +30,11 @@ from vllm_prune.errors import PruneError
 from vllm_prune.gates.base import Gate
 
 
+def borrowed_numbers(query: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """The borrowed numbers [..., H] of query [..., H * G, D], a view."""
+    return query[..., :: query.shape[-2] // num_kv_heads, -1]
+
+
 def without_borrowed(query: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     """query [..., H * G, D] with the borrowed numbers 0."""
     heads, size = query.shape[-2:]

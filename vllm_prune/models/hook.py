@@ -6,8 +6,10 @@ Runs in the front end while VllmConfig is made. A user passes no flag; what is s
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.config import KVTransferConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
@@ -21,17 +23,17 @@ from vllm_prune.config import (
     DropGateConfig,
     check_calibration,
     find_gate_file,
-    load_gates,
     served_section,
     server_options,
     serves_stock,
 )
 from vllm_prune.errors import PruneError
-from vllm_prune.gates import Reveal
+from vllm_prune.gates import Reads, Reveal
 from vllm_prune.models.request_check import Served, is_check, name_check
 from vllm_prune.models.whole_prompt import need_whole_prompts
 from vllm_prune.pressure import REVEALS, pressure_options
 from vllm_prune.protect import DEFAULT, Protect, parse_protect
+from vllm_prune.public_dms import read_gates
 from vllm_prune.requests import may_protect
 
 if TYPE_CHECKING:
@@ -184,6 +186,29 @@ def check_requests(vllm_config: VllmConfig, section: DropGateConfig, whole_promp
     model.logits_processors = [*others, name_check(Served(section, floor, whole_prompt, chat))]
 
 
+def check_reads(vllm_config: VllmConfig, section: DropGateConfig) -> None:
+    """Refuse DMS gates that read something else than the layer's normed input, or decide about their own keys, where they
+    cannot be served.
+
+    Raises:
+        PruneError: on a GPU, or with the generic class.
+    """
+    with torch.device("meta"):
+        gate = section.build_gate()
+    plain = gate.reads is Reads.INPUT and not getattr(gate, "own", False)
+    if not plain and vllm_config.device_config.device_type != "cpu":
+        raise PruneError(
+            f"refused (dms-form-on-gpu): gates of form {section.params.get('form')}, about {section.params.get('about')}, are "
+            "served on CPU only so far.", "Run on the CPU build of vLLM.",
+        )  # fmt: skip
+    if gate.reads is not Reads.INPUT and GENERIC_ARCHITECTURE in (
+        vllm_config.model_config.hf_config.architectures or ()
+    ):
+        raise PruneError(
+            f"gates that read the {gate.reads} cannot be served by the generic class.", "Use Qwen3 or Llama."
+        )
+
+
 class GatedModelConfig(VerifyAndUpdateConfig):
     """See the module."""
 
@@ -193,10 +218,13 @@ class GatedModelConfig(VerifyAndUpdateConfig):
         options_of(vllm_config)
         model = vllm_config.model_config
         section = served_section(vllm_config)
-        gate_file = find_gate_file(model.model, model.revision)
-        load_gates(gate_file, section)
-        check_calibration(gate_file, section)
         device = vllm_config.device_config.device_type
+        check_reads(vllm_config, section)
+        here = section.tensors == "file" or os.path.isdir(model.model)
+        if here:  # a hub's weights are checked when they are loaded
+            read_gates(model.model, section, model.revision)
+        if section.tensors == "file":
+            check_calibration(find_gate_file(model.model, model.revision), section)
         served = ServedGate.of(section)
         markers = markers_of(vllm_config)
         protect = served_protect(vllm_config, section, markers)

@@ -10,22 +10,40 @@ from vllm.config import VllmConfig
 
 from vllm_prune.attention.gated import GatedAttention, section_of
 from vllm_prune.config import TENSOR_PREFIX, find_gate_file, load_gates
+from vllm_prune.errors import PruneError
+from vllm_prune.public_dms import is_public_tensor, public_gates
 
 
-def without_gates(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
-    """The base's weights: vLLM's loader globs the folder and so meets the gate file too."""
-    return ((name, tensor) for name, tensor in weights if not name.startswith(TENSOR_PREFIX))
+def without_gates(
+    weights: Iterable[tuple[str, torch.Tensor]], public: dict[str, torch.Tensor] | None = None
+) -> Iterable[tuple[str, torch.Tensor]]:
+    """The base's weights: vLLM's loader globs the folder and so meets the gate file too. Where ``public`` is given, tensors of
+    public DMS checkpoints are put there instead, by name."""
+    for name, tensor in weights:
+        if public is not None and is_public_tensor(name):
+            public[name] = tensor.clone()
+        elif not name.startswith(TENSOR_PREFIX):
+            yield name, tensor
 
 
-def load_gate_weights(model: nn.Module, vllm_config: VllmConfig) -> set[str]:
-    """Fill every layer's gate from the gate file.
+def load_gate_weights(
+    model: nn.Module, vllm_config: VllmConfig, public: dict[str, torch.Tensor] | None = None
+) -> set[str]:
+    """Fill every layer's gate from the gate file, or from tensors that lay among the base's weights.
 
     Returns:
         Names of the parameters loaded, as in ``model.named_parameters()``.
     """
     section = section_of(vllm_config)
     config = vllm_config.model_config
-    tensors = load_gates(find_gate_file(config.model, config.revision), section)
+    if public and section.tensors == "file":
+        raise PruneError(
+            f"tensor '{min(public)}' belongs to DMS gates, but drop_gate.tensors is 'file'.", "Export again."
+        )
+    if section.tensors == "base":
+        tensors = public_gates(public or {}, section)
+    else:
+        tensors = load_gates(find_gate_file(config.model, config.revision), section)
     gated = [(name, module) for name, module in model.named_modules() if isinstance(module, GatedAttention)]
     if len(gated) != section.num_layers:
         raise RuntimeError(f"vllm-prune: {len(gated)} gated layers were built, the checkpoint has {section.num_layers}")

@@ -1,8 +1,9 @@
 """Gated Qwen3 and Llama over vLLM's own classes.
 
 The base class builds the model; then each attention module of it is given a gated attention layer and a forward that
-hands the gate the layer's normed input. Where the gates route tokens, decoder layers get a router in front (``routing``).
-To add a family: subclass its attention module (``rotated`` only), its decoder layer and its model.
+hands the gate what it reads: the layer's normed input, numbers of its query, or its unnormed input, which the decoder layer
+then passes on. Where the gates route tokens, decoder layers get a router in front (``routing``).
+To add a family: subclass its attention module (``projected`` only), its decoder layer and its model.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from vllm.model_executor.models.qwen3 import Qwen3Attention, Qwen3DecoderLayer, 
 
 from vllm_prune.attention.gated import GatedAttention
 from vllm_prune.attention.serving import ServedGate
-from vllm_prune.config import served_section, serves_stock
-from vllm_prune.gates import PromptGate, Reveal
+from vllm_prune.config import gate_reads, served_section, serves_stock
+from vllm_prune.gates import PromptGate, Reads, Reveal
 from vllm_prune.gates.routing import RoutingGate
 from vllm_prune.models.fused import fuse, may_fuse, split
 from vllm_prune.models.loading import load_gate_weights, without_gates
@@ -34,39 +35,79 @@ class GatedForward:
     attn: Any
     qkv_proj: Any
     o_proj: Any
-    rotated: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    rotary_emb: Any
+    projected: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    """Query, key and value [T, heads * D] of their projections [T, (H G + 2 H) D], normed and not yet rotated."""
     fused: tuple[int, int] | None = None
 
-    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        qkv = self.qkv_proj(hidden_states)[0]
-        if self.fused is None:
-            features = self.attn.features(hidden_states)
-        else:
+    def rotated(self, positions: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value [T, heads * D] of the layer's normed input [T, D_model]."""
+        q, k, v = self.projected(self.qkv_proj(x)[0])
+        q, k = self.rotary_emb(positions, q, k)
+        return q, k, v
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, stream: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Args: positions [T]; hidden_states [T, D_model], normed; stream [T, D_model], unnormed, where gates read it."""
+        qkv, features = self.qkv_proj(hidden_states)[0], None
+        if self.fused is not None:
             qkv, features = split(qkv, self.fused)
-        output: torch.Tensor = self.o_proj(self.attn(*self.rotated(positions, qkv), features))[0]
+        q, k, v = self.projected(qkv)
+        if self.attn.reads is Reads.QUERY:
+            features, q = self.attn.lend(q)
+        elif self.fused is None:
+            features = self.attn.features(hidden_states if stream is None else stream)
+        q, k = self.rotary_emb(positions, q, k)
+        output: torch.Tensor = self.o_proj(self.attn(q, k, v, features))[0]
         return output
 
 
 class PrunedQwen3Attention(GatedForward, Qwen3Attention):
     """Qwen3's attention with a drop gate."""
 
-    def rotated(self, positions: torch.Tensor, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query, key and value [T, heads * D], normed and rotated, of their projections [T, (H G + 2 H) D]."""
+    def projected(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # type: ignore[override]
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         q = self.q_norm(q.view(*q.shape[:-1], -1, self.head_dim)).view(q.shape)
         k = self.k_norm(k.view(*k.shape[:-1], -1, self.head_dim)).view(k.shape)
-        q, k = self.rotary_emb(positions, q, k)
         return q, k, v
 
 
 class PrunedLlamaAttention(GatedForward, LlamaAttention):
     """Llama's attention with a drop gate."""
 
-    def rotated(self, positions: torch.Tensor, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query, key and value [T, heads * D], normed and rotated, of their projections [T, (H G + 2 H) D]."""
+    def projected(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # type: ignore[override]
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
-        q, k = self.rotary_emb(positions, q, k)
         return q, k, v
+
+
+class StreamLayer:
+    """A decoder layer that hands its attention the unnormed input too."""
+
+    input_layernorm: Any
+    post_attention_layernorm: Any
+    self_attn: Any
+    mlp: Any
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """vLLM's interface: the stream is hidden_states + residual, [T, D_model] each."""
+        if residual is None:
+            stream, hidden_states = hidden_states, self.input_layernorm(hidden_states)
+        else:
+            hidden_states, stream = self.input_layernorm(hidden_states, residual)
+        attended = self.self_attn(positions, hidden_states, stream)
+        hidden_states, stream = self.post_attention_layernorm(attended, stream)
+        return self.mlp(hidden_states), stream
+
+
+class StreamQwen3Layer(StreamLayer, Qwen3DecoderLayer):
+    """Qwen3's decoder layer for gates that read the stream."""
+
+
+class StreamLlamaLayer(StreamLayer, LlamaDecoderLayer):
+    """Llama's decoder layer for gates that read the stream."""
 
 
 class RoutedQwen3Layer(RoutedLayer, Qwen3DecoderLayer):
@@ -80,6 +121,12 @@ class RoutedLlamaLayer(RoutedLayer, LlamaDecoderLayer):
 ROUTED: dict[type[nn.Module], type[nn.Module]] = {
     Qwen3DecoderLayer: RoutedQwen3Layer,
     LlamaDecoderLayer: RoutedLlamaLayer,
+}
+
+
+STREAMED: dict[type[nn.Module], type[nn.Module]] = {
+    Qwen3DecoderLayer: StreamQwen3Layer,
+    LlamaDecoderLayer: StreamLlamaLayer,
 }
 
 
@@ -131,12 +178,17 @@ class GatedModelMixin:
             module.__class__ = gated
             if may_fuse(vllm_config):
                 fuse(module)
+        if gate_reads(vllm_config) is Reads.STREAM:
+            for module in self.modules():  # type: ignore[attr-defined]
+                if type(module) in STREAMED:
+                    module.__class__ = STREAMED[type(module)]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        loaded: set[str] = super().load_weights(without_gates(weights))  # type: ignore[misc]
+        public: dict[str, torch.Tensor] = {}  # gates that lie among the base's weights
+        loaded: set[str] = super().load_weights(without_gates(weights, public))  # type: ignore[misc]
         if serves_stock(self._vllm_config):
             return loaded
-        loaded |= load_gate_weights(self, self._vllm_config)  # type: ignore[arg-type]
+        loaded |= load_gate_weights(self, self._vllm_config, public)  # type: ignore[arg-type]
         router = router_of(self)  # type: ignore[arg-type]
         if router is not None:
             route_layers(self, router)  # type: ignore[arg-type]

@@ -195,6 +195,6 @@ class RoutedLayer:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Key and value [S, H, D] of tokens that the layer does not run on. The tensors given are copies."""
         normed = self.input_layernorm(hidden) if residual is None else self.input_layernorm(hidden, residual)[0]
-        _, key, value = self.self_attn.rotated(positions, self.self_attn.qkv_proj(normed)[0])
+        _, key, value = self.self_attn.rotated(positions, normed)
         attn = self.self_attn.attn
         return key.view(-1, attn.num_kv_heads, attn.head_size), value.view(-1, attn.num_kv_heads, attn.head_size)

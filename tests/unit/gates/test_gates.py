@@ -11,7 +11,7 @@ from vllm_prune.gates import NEVER, DCPGate, DMSGate, Gate, GateShape, Protectio
 
 SHAPE = GateShape(hidden_size=16, num_kv_heads=2, num_layers=3)
 OPEN = Protection()
-METHODS = ["dcp", "dcp_kv_head", "dms", "dms_borrowed"]
+METHODS = ["dcp", "dcp_kv_head", "dms", "dms_borrowed", "dms_own"]
 sequences = st.tuples(st.sampled_from(METHODS), st.integers(0, 10_000), st.integers(2, 48))
 
 
@@ -22,6 +22,7 @@ def make(method: str, seed: int, t: int) -> tuple[Gate, torch.Tensor]:
         "dcp": lambda: DCPGate(SHAPE, rank=4, beta=1.0),
         "dcp_kv_head": lambda: DCPGate(SHAPE, rank=6, beta=1.0, scope="kv_head"),
         "dms": lambda: DMSGate(SHAPE, delay=5),
+        "dms_own": lambda: DMSGate(SHAPE, delay=5, about="own"),
         "dms_borrowed": lambda: DMSGate(SHAPE, delay=5, form="borrowed"),
     }[method]()
     if isinstance(gate, DMSGate):

@@ -21,6 +21,7 @@ GATES: dict[str, Any] = {
     "dcp": lambda: DCPGate(SHAPE, rank=4, beta=0.5),
     "dcp_kv_head": lambda: DCPGate(SHAPE, rank=8, beta=0.5, scope="kv_head"),
     "dms": lambda: DMSGate(SHAPE, delay=5),
+    "dms_own": lambda: DMSGate(SHAPE, delay=5, about="own"),
     "window": lambda: WindowGate(SHAPE, 9),
     "random": lambda: RandomGate(SHAPE, keep=0.5, delay=4).at_layer(0),
 }

@@ -27,6 +27,8 @@ SAMPLES: dict[str, tuple[str, dict[str, Any], float]] = {
     "dcp_kv_head": ("dcp", {"rank": 8, "beta": 1.5, "scope": "kv_head"}, 0.3),
     "dms": ("dms", {"delay": 6}, 0.02),
     "dms_borrowed": ("dms", {"delay": 6, "form": "borrowed"}, 0.02),
+    "dms_own": ("dms", {"delay": 6, "about": "own", "offset": 4.0}, 0.02),
+    "dms_layer": ("dms", {"delay": 6, "form": "stream", "per": "layer"}, 0.02),
     "window": ("window", {"window": 9}, 0.0),
     "random": ("random", {"keep": 0.5, "delay": 4}, 0.0),
     "ltp": ("ltp", {"span": 6, "grid": 8, "theta": 2.0}, 0.0),
