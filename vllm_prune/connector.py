@@ -19,7 +19,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from vllm_prune.attention.serving import ServedGate
 from vllm_prune.cache.grants import LaneReport
-from vllm_prune.config import served_section
+from vllm_prune.config import served_section, server_options
+from vllm_prune.lifetimes import Lifetimes
 from vllm_prune.metrics import PruneMetrics, PruneStats, kept_fractions
 from vllm_prune.requests import RequestGates, request_gates
 
@@ -52,6 +53,7 @@ class StepGrant:
         in_flight: tokens that may be scheduled before this step's report is read (0 without asynchronous scheduling).
         prompt: P, tokens of the request's own prompt, whatever was generated and is computed again.
         strength: of the gates for this request.
+        map: the request asked for its map.
     """
 
     epoch: int
@@ -63,6 +65,7 @@ class StepGrant:
     in_flight: int
     prompt: int
     strength: float
+    map: bool = False
 
 
 @dataclass
@@ -102,6 +105,8 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
         self._section = served_section(vllm_config)
         self._dense = ServedGate.of(self._section).planned_dense
         self._gates: dict[str, RequestGates] = {}
+        self._lifetimes: dict[str, Lifetimes] = {}
+        self._maps = server_options(vllm_config).get("maps", False)
         self._reports: dict[str, list[LaneReport]] = {}
         self._doomed: set[int] = set()
         self._chunk = vllm_config.scheduler_config.max_num_batched_tokens
@@ -128,9 +133,13 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
         assert self._manager is not None
         params = request.sampling_params
         # Checked in the front end: what comes here otherwise than through vLLM's input processor ends the engine.
-        gates = request_gates(None if params is None else params.extra_args, self._section)
+        gates = request_gates(None if params is None else params.extra_args, self._section, maps=self._maps)
         self._requests[request.request_id] = request
         self._gates[request.request_id] = gates
+        if gates.map:
+            self._lifetimes[request.request_id] = Lifetimes.of(
+                self._section, self._manager.kv_cache_spec.eviction_units
+            )
         if gates.strength != self._section.strength and not self._dense:
             self._manager.expected_keep[request.request_id] = gates.expected_keep
 
@@ -153,9 +162,9 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
             blocks = [block.block_id for block in grants.take_unsent()]
             # vLLM counts all that came before into the prompt of a session that goes on: what was decided stays decided.
             prompt = self._prompts.setdefault(req_id, request.num_prompt_tokens)
-            strength = self._gates[req_id].strength
+            gates = self._gates[req_id]
             meta.grants[req_id] = StepGrant(
-                grants.epoch, blocks, tokens, covered, remaining, last, ahead, prompt, strength
+                grants.epoch, blocks, tokens, covered, remaining, last, ahead, prompt, gates.strength, gates.map
             )
         return meta
 
@@ -166,6 +175,8 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
             for req_id, told in reports.reports.items():
                 for report in told:
                     self._manager.accept(req_id, report)
+                    if report.drops is not None and req_id in self._lifetimes:
+                        self._lifetimes[req_id].add(report)
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         """Called once a step, on either side."""
@@ -192,7 +203,7 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         summary = self._summary(request)
         assert self._manager is not None
-        for known in (self._requests, self._prompts, self._gates, self._manager.expected_keep):
+        for known in (self._requests, self._prompts, self._gates, self._lifetimes, self._manager.expected_keep):
             known.pop(request.request_id, None)
         return False, summary
 
@@ -206,6 +217,9 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
         kept = kept_fractions(report, spec.num_layers)
         dense = spec.geometry.dense_blocks(report.covered)
         self._manager.tally.ended(report)
+        lifetimes = self._lifetimes.get(request.request_id)
+        prompt = self._prompts[request.request_id]
+        asked = {} if lifetimes is None else {"map": lifetimes.answer(prompt, report.covered)}
         return {
             "vllm_prune": {
                 "strength": self._gates[request.request_id].strength,
@@ -221,6 +235,7 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
                 "blocks_dense": dense,
                 "kv_bytes_held": grants.live * spec.block_bytes,
                 "kv_bytes_saved": (dense - grants.live) * spec.block_bytes,
+                **asked,
             }
         }
 

@@ -41,9 +41,9 @@ table, in reach of every lane for its longest request, weighs more than half a p
 
 OP = "vllm_prune::gated_attention"
 
-OPTIONS = {"strength": float, "record": bool, "keep": float, "floor": float}
+OPTIONS = {"strength": float, "record": bool, "keep": float, "floor": float, "maps": bool}
 """Server options: ``--additional-config '{"vllm_prune": {...}}'``. ``floor``: kept fraction that no request may go below by its
-own wish (``requests.py``)."""
+own wish; ``maps``: requests may ask for their eviction maps (``requests.py``)."""
 
 
 def options_of(vllm_config: VllmConfig) -> dict[str, Any]:
@@ -123,11 +123,26 @@ def prepare_cuda(vllm_config: VllmConfig, section: DropGateConfig, served: Serve
         compilation.splitting_ops = [*ops, OP]
 
 
+def check_maps(device: str, options: dict[str, Any]) -> None:
+    """Raises PruneError where requests' maps cannot be made.
+
+    Args:
+        device: type of it.
+        options: the plugin's server options.
+    """
+    if options.get("maps", False) and device != "cpu":
+        raise PruneError(
+            "refused (maps-on-gpu): a GPU's reports do not list which keys were dropped, so there are no eviction maps.",
+            "Leave additional_config.vllm_prune.maps out, or run on the CPU build of vLLM.",
+        )
+
+
 def check_requests(vllm_config: VllmConfig, section: DropGateConfig, whole_prompt: bool) -> None:
     """Have vLLM ask us about every request's parameters (``request_check``)."""
-    model, floor = vllm_config.model_config, server_options(vllm_config).get("floor", 0.0)
+    model, options = vllm_config.model_config, server_options(vllm_config)
+    served = Served(section, options.get("floor", 0.0), whole_prompt, options.get("maps", False))
     others = [name for name in model.logits_processors or () if not is_check(name)]
-    model.logits_processors = [*others, name_check(Served(section, floor, whole_prompt))]
+    model.logits_processors = [*others, name_check(served)]
 
 
 class GatedModelConfig(VerifyAndUpdateConfig):
@@ -144,6 +159,7 @@ class GatedModelConfig(VerifyAndUpdateConfig):
         check_calibration(gate_file, section)
         device = vllm_config.device_config.device_type
         served = ServedGate.of(section)
+        check_maps(device, server_options(vllm_config))
         check_requests(vllm_config, section, served.whole_prompt)
         if serves_stock(vllm_config):
             logger.info("vllm-prune: every gate is open (strength 0): the base is served as it is")
