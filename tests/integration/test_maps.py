@@ -116,7 +116,7 @@ def test_refusals(tmp_path, monkeypatch):
             with pytest.raises(VLLMValidationError, match=r"prune\.map must be true or false"):
                 llm.generate(prompts([8]), greedy({"prune.map": wrong}), use_tqdm=False)
         with pytest.raises(VLLMValidationError, match=r"prune\.map maps one sequence"):
-            llm.generate(prompts([8]), greedy(ASKED, n=2), use_tqdm=False)
+            llm.generate(prompts([8]), greedy(ASKED, n=2, temperature=0.5), use_tqdm=False)
         monkeypatch.setattr(lifetimes, "CELLS", 3 * 60)
         (fits,) = llm.generate(prompts([50]), greedy(ASKED, tokens=12), use_tqdm=False)
         check(folder, fits)
