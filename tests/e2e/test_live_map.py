@@ -1,7 +1,4 @@
-"""The eviction map of a running server: in its answers, by ``POST /v1/prune/map``, by ``vllm-prune map``, in a browser.
-
-Two API servers before one engine: whichever of them is asked has the map.
-"""
+"""The eviction map of a running server: in its answers, by ``POST /v1/prune/map``, by ``vllm-prune map``, in a browser."""
 
 from __future__ import annotations
 
@@ -50,7 +47,7 @@ def server(folder, tmp_path_factory) -> Iterator[Server]:
     assert entry_points(group="vllm.endpoint_plugins", name="vllm_prune"), (
         "installed without its endpoint: pip install -e ."
     )
-    options = ["--dtype", "float32", "--api-key", KEY, "--served-model-name", "mapped", "--api-server-count", "2",
+    options = ["--dtype", "float32", "--api-key", KEY, "--served-model-name", "mapped",
                "--additional-config", '{"vllm_prune": {"maps": true}}']  # fmt: skip
     with serving(folder, tmp_path_factory.mktemp("log") / "server.log", *options, VLLM_PLUGINS="vllm_prune") as found:
         yield found
@@ -102,7 +99,7 @@ def post(server: Server, body: Any, key: str = KEY) -> httpx.Response:
 def test_the_endpoint(server, folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer(PROMPT).input_ids
-    for given in (PROMPT, prompt, PROMPT):  # several times, so that either API server is asked
+    for given in (PROMPT, prompt):
         answer = post(server, {"prompt": given, "max_tokens": 20, "model": "mapped"}).raise_for_status().json()
         assert answer["map"]["prompt_tokens"] == len(prompt) and answer["model"] == "mapped"
         text = answer["text"]
@@ -207,7 +204,8 @@ def test_the_sliders(page, unit, share):
     seen = (life[units] < 0) | (time < np.arange(tokens) + life[units])
     past = np.arange(tokens) <= time
     gone = set(np.flatnonzero(past & ~seen.any(axis=0)).tolist())
-    assert {j for j, names in classes.items() if "gone" in names} == gone and gone
+    assert {j for j, names in classes.items() if "gone" in names} == gone
+    assert gone or unit == 0, "something must be gone"
     assert {j for j, names in classes.items() if "later" in names} == set(range(time + 1, tokens))
     held = f"{100 * seen[:, past].mean():.1f} %"
     assert f'<b id="timename">{time} of {tokens - 1}: {held} of its keys are held</b>' in dom

@@ -305,6 +305,22 @@ def test_a_wrong_wish_is_the_clients_error(client, model, asked, said):
     assert caught.value.body["param"] == field
 
 
+def test_a_map_where_there_are_none(server, tmp_path):
+    """Its endpoint comes only where it is named."""
+    (tmp_path / "prompt.txt").write_text(TEXT)
+    given = [
+        "map",
+        "--url",
+        server.url,
+        "--prompt-file",
+        str(tmp_path / "prompt.txt"),
+        "--out",
+        str(tmp_path / "map.html"),
+    ]
+    done = subprocess.run([sys.executable, "-m", "vllm_prune.cli", *given], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "VLLM_PLUGINS=vllm_prune" in done.stderr.replace("\n", " ")
+
+
 def test_metrics_of_ours(client, model, server):
     dropped, kept = server.metric("vllm_prune:keys_dropped_total"), server.metric("vllm_prune:kept_fraction_count")
     told = completion(client, model).model_extra["kv_transfer_params"]["vllm_prune"]
