@@ -20,8 +20,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm_prune.attention.serving import ServedGate
 from vllm_prune.cache.grants import LaneReport
 from vllm_prune.config import served_section, server_options
+from vllm_prune.gates import Reveal
 from vllm_prune.lifetimes import Lifetimes
 from vllm_prune.metrics import PruneMetrics, PruneStats, kept_fractions
+from vllm_prune.pressure import LEVELS, Applied, Pressure, pressure_options
 from vllm_prune.requests import RequestGates, request_gates
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ class StepGrant:
         last: the request ends with this step (its token limit), so it needs no room beyond.
         in_flight: tokens that may be scheduled before this step's report is read (0 without asynchronous scheduling).
         prompt: P, tokens of the request's own prompt, whatever was generated and is computed again.
-        strength: of the gates for this request.
+        strength: of the gates for this request in this step.
         map: the request asked for its map.
     """
 
@@ -103,10 +105,14 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
         self._requests: dict[str, Request] = {}
         self._prompts: dict[str, int] = {}
         self._section = served_section(vllm_config)
-        self._dense = ServedGate.of(self._section).planned_dense
+        served = ServedGate.of(self._section)
+        self._dense, self._decides_once = served.planned_dense, served.reveal is not Reveal.BY_QUERY
         self._gates: dict[str, RequestGates] = {}
         self._lifetimes: dict[str, Lifetimes] = {}
         self._maps = server_options(vllm_config).get("maps", False)
+        pressure = pressure_options(server_options(vllm_config))
+        self._pressure = None if pressure is None else Pressure(pressure)
+        self._applied: dict[str, Applied] = {}
         self._reports: dict[str, list[LaneReport]] = {}
         self._doomed: set[int] = set()
         self._chunk = vllm_config.scheduler_config.max_num_batched_tokens
@@ -149,6 +155,9 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
         meta = PruneMetadata(ended=sorted(ended))
         if scheduler_output.preempted_req_ids and self._manager.over_plan():
             self._manager.tally.add("bad_plan_preemptions", len(scheduler_output.preempted_req_ids))
+        if self._pressure is not None:
+            self._pressure.observe(self._manager.block_pool.get_usage())
+            self._manager.tally.level = self._pressure.level / LEVELS
         computed = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
         cached = scheduler_output.scheduled_cached_reqs
         computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
@@ -162,11 +171,25 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
             blocks = [block.block_id for block in grants.take_unsent()]
             # vLLM counts all that came before into the prompt of a session that goes on: what was decided stays decided.
             prompt = self._prompts.setdefault(req_id, request.num_prompt_tokens)
-            gates = self._gates[req_id]
+            strength = self._strength(request)
+            if self._pressure is not None:
+                self._applied.setdefault(req_id, Applied()).add(strength, tokens)
+            mapped = self._gates[req_id].map
             meta.grants[req_id] = StepGrant(
-                grants.epoch, blocks, tokens, covered, remaining, last, ahead, prompt, gates.strength, gates.map
+                grants.epoch, blocks, tokens, covered, remaining, last, ahead, prompt, strength, mapped
             )
         return meta
+
+    def _strength(self, request: Request) -> float:
+        """Of a request's gates in this step."""
+        ceiling, pressure = self._gates[request.request_id].strength, self._pressure
+        if pressure is None:
+            return ceiling
+        assert self._manager is not None
+        dense = self._manager.geometry.dense_blocks(request.num_prompt_tokens + request.max_tokens)
+        if self._decides_once and pressure.too_long(dense, self._manager.block_pool.num_gpu_blocks):
+            return ceiling
+        return pressure.strength(ceiling)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         reports = connector_output.kv_connector_worker_meta
@@ -203,7 +226,9 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         summary = self._summary(request)
         assert self._manager is not None
-        for known in (self._requests, self._prompts, self._gates, self._lifetimes, self._manager.expected_keep):
+        for known in (
+            self._requests, self._prompts, self._gates, self._applied, self._lifetimes, self._manager.expected_keep,
+        ):  # fmt: skip
             known.pop(request.request_id, None)
         return False, summary
 
@@ -220,9 +245,11 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
         lifetimes = self._lifetimes.get(request.request_id)
         prompt = self._prompts[request.request_id]
         asked = {} if lifetimes is None else {"map": lifetimes.answer(prompt, report.covered)}
+        applied = self._applied.get(request.request_id)
         return {
             "vllm_prune": {
                 "strength": self._gates[request.request_id].strength,
+                **({} if applied is None else {"strength_applied": applied.told()}),
                 "tokens": report.covered,
                 "kept_fraction": kept["all"],
                 "kept_fraction_least_layer": kept["least"],

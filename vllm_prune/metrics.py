@@ -36,6 +36,7 @@ GAUGES = {
     "held_blocks": "KV cache blocks that running requests hold.",
     "dense_blocks": "KV cache blocks that stock vLLM would hold for them.",
     "stranded_slots": "Places for a token of one head that are empty in head-pages in use.",
+    "strength_share": "Share of their full strength that gates are given now (below 1 with the option pressure only).",
 }
 SECONDS = {
     "decide": "Time of the worker in deciding which keys go; for single tokens in dropping and writing too (CPU workers).",
@@ -99,6 +100,8 @@ class Tally:
     Args:
         geometry: of the model.
         units: E.
+
+    ``level``: share of their full strength that gates are given.
     """
 
     geometry: LaneGeometry
@@ -106,6 +109,7 @@ class Tally:
     counts: dict[str, int] = field(default_factory=dict)
     kept: dict[str, list[float]] = field(default_factory=dict)
     summed_up: float = 0.0
+    level: float = 1.0
 
     def add(self, name: str, count: int) -> None:
         if count:
@@ -123,9 +127,10 @@ class Tally:
         for layers, fraction in kept_fractions(report, self.geometry.num_layers).items():
             self.kept.setdefault(layers, []).append(fraction)
 
-    def gauges(self, running: Iterable[GrantLog]) -> dict[str, int]:
+    def gauges(self, running: Iterable[GrantLog]) -> dict[str, float]:
         """Of the requests that run now."""
-        g, found = self.geometry, dict.fromkeys(GAUGES, 0)
+        g, found = self.geometry, dict.fromkeys(GAUGES, 0.0)
+        found["strength_share"] = self.level
         # A K/V page has a place for N tokens of one head; a gate key fills r / 2 D of one.
         places = g.num_kv_heads / self.units + (g.gate_rank / (2 * g.head_size) if g.gate_rank else 0.0)
         for log in running:

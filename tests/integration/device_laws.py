@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import engine, generate, pool_is_whole, preempted, prompts, save_gated, state_of, tiny_config, token_ids
 from test_law2_drop_sets import METHODS, RECORD, check
+from test_pressure import check_pressure, options
 from test_request_strength import asking, check_strengths, greedy
 from vllm_prune_kernels import decode
 from vllm_prune_training.masked import load_gated
@@ -58,6 +59,15 @@ def test_law_2(tmp_path, name):
         check(model, llm, preempted(llm, prompts([40, 9], seed=5), tokens=7, after=(3, 8)))
         generate(llm, prompts([3]), tokens=2)  # the ended are buried by a step
         assert pool_is_whole(llm)
+
+
+@pytest.mark.parametrize("name", ["dcp", "dms"])
+def test_pressure(tmp_path, name):
+    """Strength that changes while a request runs."""
+    model = save_gated(tmp_path, tiny_config("qwen3", layers=2), name, **METHODS[name])
+    room = {**SMALL, "kv_cache_memory_bytes": 2 << 20, **options(start=0.14, full=0.26, slack=0.01)}
+    with engine(model, long_prefill_token_threshold=24, **room) as llm:
+        check_pressure(llm, model, [50, 60])
 
 
 @pytest.mark.parametrize(("family", "group"), [("qwen3", 3), ("llama", 2)])

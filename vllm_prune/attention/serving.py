@@ -147,8 +147,9 @@ Rule = QueryRule | DelayRule | WriteRule | RequestRule | BoundaryRule
 
 
 def rule_of(gate: Gate, section: DropGateConfig, strength: float) -> Rule | None:
-    """The rule of one layer's loaded gate at a strength; None where it drops nothing."""
-    if strength == 0.0:
+    """The rule of one layer's loaded gate at a strength; None where it drops nothing, nor ever has in this request."""
+    # At strength 0 these still carry out what was decided at another.
+    if strength == 0.0 and not isinstance(gate, DMSGate | WindowGate | RandomGate):
         return None
     if isinstance(gate, ShadowGate):
         return RequestRule(None if gate.predictor is None else gate, strength)

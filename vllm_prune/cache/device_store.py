@@ -38,6 +38,7 @@ class DeviceSlot:
     first_block: int
     seen: int = 0
     peak_pages: int = 0
+    strength: float | None = None
 
 
 @dataclass
@@ -128,10 +129,11 @@ class DeviceStore:
                 if not given.new_blocks:
                     raise RuntimeError(f"vllm-prune: request {req_id} starts without blocks")
                 state = self.slots[req_id] = DeviceSlot(self._free_slots.pop(), given.epoch, given.new_blocks[0])
-                knobs = self.knobs(given.strength)
-                fresh.append((state.slot, knobs.shift, knobs.limit, knobs.delay))
                 if self.record:
                     self.events.add((req_id, given.epoch))
+            if state.strength != given.strength:
+                state.strength, knobs = given.strength, self.knobs(given.strength)
+                fresh.append((state.slot, knobs.shift, knobs.limit, knobs.delay))
             for rank, block in enumerate(given.new_blocks):
                 news.append((state.slot, block, state.seen + rank, rank))
             state.seen += len(given.new_blocks)
@@ -146,7 +148,7 @@ class DeviceStore:
         self._closing = (tables[3], most, grants) if grants else None
 
     def _set_knobs(self, fresh: list[tuple[float, ...]]) -> None:
-        """Slot, shift, limit and delay of requests that begin: float64 holds all of them exactly."""
+        """Slot, shift, limit and delay of requests that begin, or go on at another strength: float64 holds all exactly."""
         if not fresh:
             return
         table = send(torch.tensor(fresh, dtype=torch.float64), self.device)

@@ -29,6 +29,7 @@ from vllm_prune.errors import PruneError
 from vllm_prune.gates import Reveal
 from vllm_prune.models.request_check import Served, is_check, name_check
 from vllm_prune.models.whole_prompt import need_whole_prompts
+from vllm_prune.pressure import REVEALS, pressure_options
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -41,9 +42,10 @@ table, in reach of every lane for its longest request, weighs more than half a p
 
 OP = "vllm_prune::gated_attention"
 
-OPTIONS = {"strength": float, "record": bool, "keep": float, "floor": float, "maps": bool}
+OPTIONS = {"strength": float, "record": bool, "keep": float, "floor": float, "pressure": object, "maps": bool}
 """Server options: ``--additional-config '{"vllm_prune": {...}}'``. ``floor``: kept fraction that no request may go below by its
-own wish; ``maps``: requests may ask for their eviction maps (``requests.py``)."""
+own wish; ``maps``: requests may ask for their eviction maps (``requests.py``). ``pressure``: strength follows how full the pool
+is (``pressure.py``)."""
 
 
 def options_of(vllm_config: VllmConfig) -> dict[str, Any]:
@@ -74,7 +76,22 @@ def options_of(vllm_config: VllmConfig) -> dict[str, Any]:
                 f"additional_config.vllm_prune.{name} must lie in 0..1, above 0, got {share}.",
                 "It is a share of the keys: 1 is all of them.",
             )
+    pressure_options(options)
     return options
+
+
+def check_pressure(vllm_config: VllmConfig, section: DropGateConfig, served: ServedGate) -> None:
+    """Raises PruneError where strength cannot follow the pool."""
+    if pressure_options(server_options(vllm_config)) is None:
+        return
+    if section.strength == 0.0:
+        raise PruneError("refused (pressure): this server's gates are open (strength 0).",
+                         "Leave additional_config.vllm_prune.pressure out, or serve at a strength above 0.")  # fmt: skip
+    if served.routes or served.reveal not in REVEALS:
+        raise PruneError(
+            f"refused (pressure): {section.method} decides by what happened at its strength before, which must not change.",
+            "Leave additional_config.vllm_prune.pressure out, or serve DCP, DMS, window or random gates.",
+        )
 
 
 def warn_if_unsafe(section: DropGateConfig) -> None:
@@ -110,7 +127,7 @@ def prepare_cuda(vllm_config: VllmConfig, section: DropGateConfig, served: Serve
     Raises:
         PruneError: the method is served on CPU only.
     """
-    if served.routes or served.reveal not in (Reveal.BY_QUERY, Reveal.DELAYED, Reveal.AT_WRITE):
+    if served.routes or served.reveal not in REVEALS:
         raise PruneError(
             f"refused (method-on-gpu): {section.method} is served on CPU only so far.",
             "Serve DCP, DMS, window or random gates on a GPU, or run on the CPU build of vLLM.",
@@ -161,6 +178,7 @@ class GatedModelConfig(VerifyAndUpdateConfig):
         served = ServedGate.of(section)
         check_maps(device, server_options(vllm_config))
         check_requests(vllm_config, section, served.whole_prompt)
+        check_pressure(vllm_config, section, served)
         if serves_stock(vllm_config):
             logger.info("vllm-prune: every gate is open (strength 0): the base is served as it is")
             return

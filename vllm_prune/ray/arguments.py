@@ -1,0 +1,50 @@
+"""Options of a replica's engine, read by ``vllm serve``'s own parser: the same names, the same values, the same refusals."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from typing import Any, NoReturn
+
+from vllm_prune.errors import PruneError
+
+
+def command_line(engine: dict[str, Any]) -> list[str]:
+    """``engine`` as one would write it after ``vllm serve MODEL``. A field that is null is left out."""
+    said: list[str] = []
+    for name, value in engine.items():
+        flag = name.replace("_", "-")
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            said.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, dict):
+            said.append(f"--{flag}={json.dumps(value)}")
+        elif isinstance(value, list):
+            said += [f"--{flag}", *(json.dumps(one) if isinstance(one, dict) else str(one) for one in value)]
+        else:
+            said.append(f"--{flag}={value}")
+    return said
+
+
+def serve_arguments(engine: dict[str, Any]) -> Namespace:
+    """What vLLM's server would have parsed. Runs in an engine replica.
+
+    Raises:
+        PruneError: an option that ``vllm serve`` does not know, or a value that it does not take.
+    """
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    way_out = "Correct `engine`: its fields are the options of `vllm serve`, with underscores."
+
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise PruneError(f"vLLM does not take the engine options: {message.rstrip('.')}.", way_out)
+
+    args = make_arg_parser(Parser(prog="engine")).parse_args(command_line(engine))
+    try:
+        validate_parsed_serve_args(args)
+    except (TypeError, ValueError) as error:
+        raise PruneError(f"vLLM does not take the engine options: {str(error).rstrip('.')}.", way_out) from None
+    return args
