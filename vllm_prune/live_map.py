@@ -13,6 +13,7 @@ from vllm_prune.errors import PruneError
 from vllm_prune.lifetimes import unpack
 
 PATH = "/v1/prune/map"
+SAME_VERSION = "Use the same version of vllm-prune at both ends."
 SWITCH_ON = """Start it with VLLM_PLUGINS=vllm_prune and --additional-config '{"vllm_prune": {"maps": true}}'."""
 
 
@@ -62,26 +63,29 @@ def _message(body: bytes) -> str:
 
 def map_of(answer: dict[str, Any]) -> EvictionMap:
     """An answer as a map. Raises PruneError when it is damaged or the server refused to make one."""
-    expiry = unpack(answer["map"])
-    text = answer.get("text")
-    if not isinstance(text, list) or len(text) != expiry.shape[-1]:
-        raise PruneError("the server's text does not fit its map.", "Use the same version of vllm-prune at both ends.")
-    name = str(answer.get("model", "")).rstrip("/").rpartition("/")[2]
     told = answer["map"]
-    return EvictionMap([str(piece) for piece in text], expiry, int(told["prompt_tokens"]), told["reveal"],
-                       f"What {name} forgot of one request")  # fmt: skip
+    expiry = unpack(told)
+    text, prompt = answer.get("text"), told.get("prompt_tokens")
+    if not isinstance(text, list) or len(text) != expiry.shape[-1] or not isinstance(prompt, int):
+        raise PruneError("the server's text does not fit its map.", SAME_VERSION)
+    name = str(answer.get("model", "")).rstrip("/").rpartition("/")[2]
+    pieces = [str(piece) for piece in text]
+    return EvictionMap(pieces, expiry, prompt, str(told.get("reveal")), f"What {name} forgot of one request")
 
 
 def page_of(answer: dict[str, Any]) -> str:
     """The HTML page of an answer: one file that loads nothing. Raises as ``map_of``."""
     data = map_of(answer)
     layers, units, tokens = data.expiry.shape
-    facts = [
-        ("strength", f"{answer['strength']:g}"), ("prompt", f"{data.prompt_tokens:,} tokens"),
-        ("generated", f"{tokens - data.prompt_tokens:,}"), ("layers", str(layers)),
-        *([("heads a layer", str(units))] if units > 1 else []), ("keys held at the end", f"{100 * data.kept.mean():.1f} %"),
-        ("blocks at most", f"{answer['blocks_peak']:,}"), ("stock vLLM at the end", f"{answer['blocks_dense']:,}"),
-    ]  # fmt: skip
+    try:
+        facts = [
+            ("strength", f"{answer['strength']:g}"), ("prompt", f"{data.prompt_tokens:,} tokens"),
+            ("generated", f"{tokens - data.prompt_tokens:,}"), ("layers", str(layers)),
+            *([("heads a layer", str(units))] if units > 1 else []), ("keys held at the end", f"{100 * data.kept.mean():.1f} %"),
+            ("blocks at most", f"{answer['blocks_peak']:,}"), ("stock vLLM at the end", f"{answer['blocks_dense']:,}"),
+        ]  # fmt: skip
+    except (KeyError, TypeError, ValueError) as error:
+        raise PruneError(f"the server's figures are not as expected: {error!r}.", SAME_VERSION) from None
     return render_page(data, facts)
 
 

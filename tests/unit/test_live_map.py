@@ -112,6 +112,8 @@ def test_what_is_left_out_is_not_sent(server, tmp_path):
         (200, [1], "answered without a map"),
         (200, {**ANSWER, "map": {"refused": "a map of 9 keys is too large"}}, "made no map: a map of 9 keys is too large"),
         (200, {**ANSWER, "text": ["one"]}, "text does not fit"),
+        (200, {**ANSWER, "strength": "1"}, "figures are not as expected"),
+        (200, {name: value for name, value in ANSWER.items() if name != "blocks_peak"}, "KeyError('blocks_peak')"),
         (200, {**ANSWER, "map": {**ANSWER["map"], "layers": 7}}, "the map is damaged"),
     ],
 )  # fmt: skip
