@@ -69,6 +69,31 @@ def demo(
         raise _refuse(error) from None
 
 
+@app.command("map")
+def live_map(
+    url: Annotated[str, typer.Option(help="Of a running server, like http://127.0.0.1:8000.")],
+    prompt_file: Annotated[Path, typer.Option(help="UTF-8 text, sent as it is.")],
+    out: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("map.html"),
+    model: Annotated[str | None, typer.Option(help="As served. Default: whatever the server serves")] = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 32,
+    strength: Annotated[float | None, typer.Option(help="Of the gates. Default: the server's")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", help="Of the server.")] = None,
+) -> None:
+    """Ask a running server what its gates forget of a prompt, and draw it: one HTML file with layers, tokens and time."""
+    from vllm_prune.live_map import draw
+
+    asked = {"model": model, "max_tokens": max_tokens, "strength": strength}
+    wishes = {name: value for name, value in asked.items() if value is not None}
+    try:
+        made = draw(url, prompt_file, out, wishes, api_key)
+    except PruneError as error:
+        raise _refuse(error) from None
+    held, layers = 100 * made.kept.mean(), len(made.expiry)
+    typer.echo(
+        f"{made.tokens:,} tokens, {layers} layers, {held:.1f} % of the keys held at the end: {out}, to open in a browser"
+    )
+
+
 @app.command("eval")
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Folder of a gated checkpoint.")],

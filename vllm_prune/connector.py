@@ -23,6 +23,7 @@ from vllm_prune.cache.grants import LaneReport
 from vllm_prune.chat import Markers, Span
 from vllm_prune.config import served_section, server_options
 from vllm_prune.gates import Reveal
+from vllm_prune.lifetimes import Lifetimes
 from vllm_prune.metrics import PruneMetrics, PruneStats, kept_fractions
 from vllm_prune.pressure import LEVELS, Applied, Pressure, pressure_options
 from vllm_prune.protect import Protect
@@ -58,6 +59,7 @@ class StepGrant:
         prompt: P, tokens of the request's own prompt, whatever was generated and is computed again.
         strength: of the gates for this request in this step.
         spared: positions [begin, end) whose keys no gate may drop, with the first step of each life of the request.
+        map: the request asked for its map.
     """
 
     epoch: int
@@ -70,6 +72,7 @@ class StepGrant:
     prompt: int
     strength: float
     spared: Sequence[tuple[int, int]] = ()
+    map: bool = False
 
 
 @dataclass
@@ -110,6 +113,8 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
         served = ServedGate.of(self._section)
         self._dense, self._decides_once = served.planned_dense, served.reveal is not Reveal.BY_QUERY
         self._gates: dict[str, RequestGates] = {}
+        self._lifetimes: dict[str, Lifetimes] = {}
+        self._maps = server_options(vllm_config).get("maps", False)
         pressure = pressure_options(server_options(vllm_config))
         self._pressure = None if pressure is None else Pressure(pressure)
         self._applied: dict[str, Applied] = {}
@@ -143,12 +148,16 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
         assert self._manager is not None
         params = request.sampling_params
         # Checked in the front end: what comes here otherwise than through vLLM's input processor ends the engine.
-        gates = request_gates(None if params is None else params.extra_args, self._section)
+        gates = request_gates(None if params is None else params.extra_args, self._section, maps=self._maps)
         self._requests[request.request_id] = request
         self._gates[request.request_id] = gates
         protect = self._protect if gates.protect is None else gates.protect
         if protect:
             self._spared[request.request_id] = protect.spans(request.prompt_token_ids or (), self._markers)
+        if gates.map:
+            self._lifetimes[request.request_id] = Lifetimes.of(
+                self._section, self._manager.kv_cache_spec.eviction_units
+            )
         if gates.strength != self._section.strength and not self._dense:
             self._manager.expected_keep[request.request_id] = gates.expected_keep
 
@@ -177,18 +186,11 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
             strength = self._strength(request)
             if self._pressure is not None:
                 self._applied.setdefault(req_id, Applied()).add(strength, tokens)
+            mapped = self._gates[req_id].map
             meta.grants[req_id] = StepGrant(
-                grants.epoch,
-                blocks,
-                tokens,
-                covered,
-                remaining,
-                last,
-                ahead,
-                prompt,
-                strength,
-                self._spared.get(req_id, ()) if covered == tokens else (),
-            )
+                grants.epoch, blocks, tokens, covered, remaining, last, ahead, prompt, strength,
+                self._spared.get(req_id, ()) if covered == tokens else (), mapped,
+            )  # fmt: skip
         return meta
 
     def _strength(self, request: Request) -> float:
@@ -209,6 +211,8 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
             for req_id, told in reports.reports.items():
                 for report in told:
                     self._manager.accept(req_id, report)
+                    if report.drops is not None and req_id in self._lifetimes:
+                        self._lifetimes[req_id].add(report)
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         """Called once a step, on either side."""
@@ -235,7 +239,8 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         summary = self._summary(request)
         assert self._manager is not None
-        kept = (self._requests, self._prompts, self._gates, self._applied, self._spared, self._manager.expected_keep)
+        kept = (self._requests, self._prompts, self._gates, self._applied, self._spared, self._lifetimes,
+                self._manager.expected_keep)  # fmt: skip
         for known in kept:
             known.pop(request.request_id, None)
         return False, summary
@@ -250,6 +255,9 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
         kept = kept_fractions(report, spec.num_layers)
         dense = spec.geometry.dense_blocks(report.covered)
         self._manager.tally.ended(report)
+        lifetimes = self._lifetimes.get(request.request_id)
+        prompt = self._prompts[request.request_id]
+        asked = {} if lifetimes is None else {"map": lifetimes.answer(prompt, report.covered)}
         applied = self._applied.get(request.request_id)
         return {
             "vllm_prune": {
@@ -268,6 +276,7 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
                 "blocks_dense": dense,
                 "kv_bytes_held": grants.live * spec.block_bytes,
                 "kv_bytes_saved": (dense - grants.live) * spec.block_bytes,
+                **asked,
             }
         }
 

@@ -18,8 +18,9 @@ from vllm_prune.pressure import REVEALS
 from vllm_prune.protect import Protect, parse_protect
 
 PREFIX = "prune."
-STRENGTH, KEEP, OFF, PROTECT = "prune.strength", "prune.keep", "prune.off", "prune.protect"
-FIELDS = (STRENGTH, KEEP, OFF, PROTECT)
+STRENGTH, KEEP, OFF = "prune.strength", "prune.keep", "prune.off"
+PROTECT, MAP = "prune.protect", "prune.map"
+FIELDS = (STRENGTH, KEEP, OFF, PROTECT, MAP)
 
 
 class BadField(PruneError):
@@ -41,14 +42,18 @@ class RequestGates:
         strength: 0 opens every gate, 1 is as trained.
         expected_keep: kept fraction that admission plans with.
         protect: what of the prompt is never dropped; None where the request does not say.
+        map: its answer says how long each key was seen (``lifetimes.py``).
     """
 
     strength: float
     expected_keep: float
     protect: Protect | None = None
+    map: bool = False
 
 
-def request_gates(asked: Mapping[str, Any] | None, section: DropGateConfig, floor: float = 0.0) -> RequestGates:
+def request_gates(
+    asked: Mapping[str, Any] | None, section: DropGateConfig, floor: float = 0.0, maps: bool = False
+) -> RequestGates:
     """What a request gets.
 
     Args:
@@ -56,6 +61,7 @@ def request_gates(asked: Mapping[str, Any] | None, section: DropGateConfig, floo
         section: as served.
         floor: kept fraction that no request may go below by its own wish; 0 allows everything. What the server itself was
             started with is never refused.
+        maps: requests may ask for their maps: these take memory, and say something about the prompt.
 
     Raises:
         BadField: an unknown field, a bad value, or two fields that exclude each other.
@@ -64,13 +70,17 @@ def request_gates(asked: Mapping[str, Any] | None, section: DropGateConfig, floo
     for name in fields:
         if name not in FIELDS:
             raise BadField(name, "is unknown.", f"Known: {', '.join(FIELDS)}.")
-    off = _flag(fields.get(OFF, False))
+    off = _flag(fields, OFF, "true opens every gate for the request.")
+    mapped = _flag(fields, MAP, "true adds each key's lifetime to the answer.")
+    if mapped and not maps:
+        option = """--additional-config '{"vllm_prune": {"maps": true}}'"""
+        raise BadField(MAP, "is switched off on this server.", f"Leave it out, or start the server with {option}.")
     wanted = [name for name in (STRENGTH, KEEP) if name in fields] + ([OFF] if off else [])
     if len(wanted) > 1:
         raise BadField(wanted[0], f"and {wanted[1]} exclude each other.", "Give one.")
     protect = _protect(fields[PROTECT], section) if PROTECT in fields else None
     if not wanted:
-        return RequestGates(section.strength, section.expected_keep, protect)
+        return RequestGates(section.strength, section.expected_keep, protect, mapped)
     (field,) = wanted
     found = section.at_strength(0.0 if off else _strength(fields, field, section))
     if found.strength > 0.0 and section.strength == 0.0:
@@ -78,12 +88,13 @@ def request_gates(asked: Mapping[str, Any] | None, section: DropGateConfig, floo
                        "Leave it out, or start the server with a strength above 0.")  # fmt: skip
     if floor and found.strength > section.strength:
         _check_floor(field, found, floor)
-    return RequestGates(found.strength, found.expected_keep, protect)
+    return RequestGates(found.strength, found.expected_keep, protect, mapped)
 
 
-def _flag(value: Any) -> bool:
+def _flag(fields: Mapping[str, Any], field: str, meaning: str) -> bool:
+    value = fields.get(field, False)
     if not isinstance(value, bool | int) or value not in (0, 1):
-        raise BadField(OFF, f"must be true or false, got {value!r}.", "true opens every gate for the request.")
+        raise BadField(field, f"must be true or false, got {value!r}.", meaning)
     return bool(value)
 
 

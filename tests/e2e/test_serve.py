@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,18 +111,18 @@ class Server:
         pytest.fail(f"the server is not ready after {READY_SECONDS} s:\n{self.log.read_text()[-6000:]}")
 
 
-@pytest.fixture(scope="module")
-def server(folder, tmp_path_factory) -> Iterator[Server]:
+@contextmanager
+def serving(folder: Path, log: Path, *options: str, **env: str) -> Iterator[Server]:
+    """``vllm serve`` on a free port until the block ends."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("log") / "server.log"
     command = [
         str(Path(sys.executable).parent / "vllm"), "serve", str(folder), "--host", "127.0.0.1", "--port", str(port),
-        "--max-model-len", str(LONGEST), "--kv-cache-memory-bytes", "64M", "--enforce-eager",
+        "--max-model-len", str(LONGEST), "--kv-cache-memory-bytes", "64M", "--enforce-eager", *options,
     ]  # fmt: skip
     with log.open("wb") as out:
-        process = subprocess.Popen(command, env=user_environment(), stdout=out, stderr=out, start_new_session=True)
+        process = subprocess.Popen(command, env=user_environment(**env), stdout=out, stderr=out, start_new_session=True)
     family: list[psutil.Process] = []
     try:
         found = Server(f"http://127.0.0.1:{port}", log, process)
@@ -139,6 +140,12 @@ def server(folder, tmp_path_factory) -> Iterator[Server]:
         for child in family:
             if child.is_running():
                 child.kill()
+
+
+@pytest.fixture(scope="module")
+def server(folder, tmp_path_factory) -> Iterator[Server]:
+    with serving(folder, tmp_path_factory.mktemp("log") / "server.log") as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -287,6 +294,7 @@ def test_strength_of_a_chat(client, model):
         ({"prune.off": 2}, "must be true or false"),
         ({"prune.keep": 1.5}, "must lie in 0..1"),
         ({"prune.power": 1}, "is unknown"),
+        ({"prune.map": True}, "is switched off"),
     ],
 )
 def test_a_wrong_wish_is_the_clients_error(client, model, asked, said):
@@ -295,6 +303,22 @@ def test_a_wrong_wish_is_the_clients_error(client, model, asked, said):
         completion(client, model, asked)
     assert said in str(caught.value) and field in str(caught.value)
     assert caught.value.body["param"] == field
+
+
+def test_a_map_where_there_are_none(server, tmp_path):
+    """Its endpoint comes only where it is named."""
+    (tmp_path / "prompt.txt").write_text(TEXT)
+    given = [
+        "map",
+        "--url",
+        server.url,
+        "--prompt-file",
+        str(tmp_path / "prompt.txt"),
+        "--out",
+        str(tmp_path / "map.html"),
+    ]
+    done = subprocess.run([sys.executable, "-m", "vllm_prune.cli", *given], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "VLLM_PLUGINS=vllm_prune" in done.stderr.replace("\n", " ")
 
 
 def test_metrics_of_ours(client, model, server):

@@ -285,6 +285,7 @@ OPTIONS: dict[str, tuple[Any, list[str]]] = {
     "strength_negative": ({"strength": -1}, ["additional_config.vllm_prune.strength must lie in 0..16, got -1"]),
     "strength_nan": ({"strength": math.nan}, ["additional_config.vllm_prune.strength must lie in 0..16, got nan"]),
     "strength_large": ({"strength": 16.5}, ["additional_config.vllm_prune.strength must lie in 0..16, got 16.5"]),
+    "maps_number": ({"maps": 1}, ["additional_config.vllm_prune.maps must be true or false, got 1"]),
     "record_number": ({"record": 1}, ["additional_config.vllm_prune.record must be true or false, got 1"]),
 }
 
@@ -295,7 +296,9 @@ def test_options(good, case):
     refused(good, *said, additional_config={"vllm_prune": value})
 
 
-@pytest.mark.parametrize("options", [{}, {"strength": 0}, {"strength": 16.0, "record": True}, {"record": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"strength": 0}, {"strength": 16.0, "record": True}, {"record": False, "maps": True}]
+)
 def test_good_options(good, options):
     configure(good, additional_config={"vllm_prune": options, "somebody_else": 1})
 

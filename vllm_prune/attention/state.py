@@ -125,7 +125,7 @@ class WorkerState(StepState):
             store.forget(req_id)
         for req_id, grant in meta.grants.items():
             store.update(req_id, grant.epoch, grant.new_blocks)
-            store.set_facts(req_id, grant.prompt, grant.strength)
+            store.set_facts(req_id, grant.prompt, grant.strength, grant.map)
             if grant.spared:
                 store.spare(req_id, grant.spared)
         self._step = meta.grants
@@ -149,11 +149,15 @@ class WorkerState(StepState):
         rows = Rows(slots, query_start[:-1].astype(np.int32), tokens, (seq_lens - tokens).astype(np.int32), strengths)
         single = tokens == 1
         total = int(query_start[-1])
-        if store.record:
-            lengths = store.lanes.length[slots].reshape(len(slots), -1, store.geometry.lanes_per_layer)
-            live = int(lengths[:, :, : store.units].sum())
-            store.reserve_events(live + total * store.geometry.num_layers * store.units)
+        store.reserve_events(self._most_drops(store, slots, total))
         return PruneAttentionMetadata(total, self, rows.pick(single), rows.pick(~single & (tokens > 0)))
+
+    def _most_drops(self, store: LaneStore, slots: np.ndarray, tokens: int) -> int:
+        """Keys that a step of these slots and tokens could drop; 0 where nobody asks which."""
+        if not store.record and not any(grant.map for grant in self._step.values()):
+            return 0
+        lengths = store.lanes.length[slots].reshape(len(slots), -1, store.geometry.lanes_per_layer)
+        return int(lengths[:, :, : store.units].sum()) + tokens * store.geometry.num_layers * store.units
 
     def end_step(self) -> Told:
         """Close the step: reports of its requests, and first blocks of those that can never go on (see ``doomed``)."""
@@ -166,8 +170,6 @@ class WorkerState(StepState):
             for req_id, grant in step.items():
                 if grant.covered >= grant.prompt:
                     store.close_lanes(req_id)
-        if store.record:
-            store.take_events()
         ahead = {req_id: grant.in_flight for req_id, grant in step.items() if grant.in_flight}
         reports = store.report({req_id: grant.covered for req_id, grant in step.items()}, ahead)
         doomed = {

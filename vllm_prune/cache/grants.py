@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from vllm_prune.cache.geometry import LaneGeometry
 
 
@@ -28,6 +30,8 @@ class LaneReport:
         peak_pages: most head-pages ever in use.
         by_layer: of ``dropped``, the most of any layer, then those of the first, middle and last third of the layers.
         ends: sum over dropped keys of the first query that did not see them; None where it is not counted (GPU).
+        drops: of a request that asked for its map, keys dropped since its last report: int32 [n, 3] of layer * E + unit, key,
+            first query that did not see it. None for all others.
     """
 
     epoch: int
@@ -40,6 +44,7 @@ class LaneReport:
     peak_pages: int = 0
     by_layer: tuple[int, ...] = (0, 0, 0, 0)
     ends: int | None = None
+    drops: np.ndarray | None = None
 
     @property
     def kept_pairs(self) -> float | None:
@@ -57,10 +62,12 @@ class LaneReport:
         """Ranks hold different heads and drop differently: plan for the one that holds most.
 
         Raises:
-            ValueError: the two speak of different moments.
+            ValueError: the two speak of different moments, or list single drops, which are not joined.
         """
         if (self.epoch, self.covered, self.seen) != (other.epoch, other.covered, other.seen):
             raise ValueError(f"ranks report different steps: {self} and {other}")
+        if self.drops is not None or other.drops is not None:
+            raise ValueError("the maps of several ranks are not joined")
         return LaneReport(
             epoch=self.epoch,
             covered=self.covered,

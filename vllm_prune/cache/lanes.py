@@ -21,7 +21,8 @@ from vllm_prune.cache.views import layers_in_one
 
 @dataclass
 class SlotState:
-    """One live request on the worker. ``grants`` holds block ids in log order, -1 where given up."""
+    """One live request on the worker. ``grants`` holds block ids in log order, -1 where given up; ``drops`` what was recorded
+    of a request that asked for its map and not yet reported (``LaneReport.drops``), None of all others."""
 
     slot: int
     epoch: int
@@ -29,6 +30,7 @@ class SlotState:
     returned: int = 0
     covered: int = 0
     peak_pages: int = 0
+    drops: list[np.ndarray] | None = None
 
     @property
     def first_block(self) -> int:
@@ -46,7 +48,7 @@ class LaneStore:
         dtype: of the KV cache, bfloat16 or float32.
         units: E, eviction units a layer.
         max_grants: most grants one request's log may list; past that nothing is given back until it ends.
-        record: keep every drop as an event (for tests, the eviction map and recorded truth).
+        record: keep every drop of every request as an event (for tests, the demo and recorded truth).
         received: keep what attention each key received (gates that decide at boundaries).
     """
 
@@ -131,8 +133,7 @@ class LaneStore:
         """Every trace of a request ends here. Unknown ids are fine: it may never have reached the worker."""
         if req_id not in self.slots:
             return
-        if self.record:
-            self.take_events()
+        self.take_events()
         state = self.slots.pop(req_id)
         a, s = self.lanes, state.slot
         self.slot_of_block.pop(state.first_block, None)
@@ -154,11 +155,13 @@ class LaneStore:
         g = self.geometry
         return array.reshape(g.num_layers, self.num_blocks, g.num_kv_heads)[:, block]
 
-    def set_facts(self, req_id: str, prompt: int, strength: float) -> None:
+    def set_facts(self, req_id: str, prompt: int, strength: float, mapped: bool = False) -> None:
         """Learn how long a live request's prompt is, which stays so whatever a later life computes again, and at which strength
-        its gates decide."""
-        slot = self.slots[req_id].slot
-        self.lanes.prompt[slot], self.lanes.strength[slot] = prompt, strength
+        its gates decide; ``mapped``: its reports list single drops."""
+        state = self.slots[req_id]
+        self.lanes.prompt[state.slot], self.lanes.strength[state.slot] = prompt, strength
+        if mapped and state.drops is None:
+            state.drops = []
 
     def spare(self, req_id: str, spans: Sequence[tuple[int, int]]) -> None:
         """Positions [begin, end) of a request that just began whose keys no gate may drop."""
@@ -184,6 +187,7 @@ class LaneStore:
         Returns:
             One report a request.
         """
+        self.take_events()
         g, a = self.geometry, self.lanes
         states = [self.slots[req_id] for req_id in covered]
         counts = np.empty((len(states), 10), np.int64)
@@ -199,9 +203,16 @@ class LaneStore:
             reports[req_id] = LaneReport(
                 epoch=state.epoch, covered=tokens, pages=(row[0], row[1], row[2]), keep=keep,
                 seen=len(state.grants), dropped=row[4], held=row[3], peak_pages=state.peak_pages,
-                by_layer=tuple(row[5:9]), ends=row[9],
+                by_layer=tuple(row[5:9]), ends=row[9], drops=self._take_drops(state),
             )  # fmt: skip
         return reports
+
+    def _take_drops(self, state: SlotState) -> np.ndarray | None:
+        """See ``LaneReport.drops``; told once."""
+        if state.drops is None:
+            return None
+        told, state.drops = state.drops, []
+        return np.concatenate([np.empty((0, 3), np.int32), *told])
 
     def _shrink(self, state: SlotState, blocks: int) -> int:
         """Give up all but the lowest ``blocks`` live grants; returns the log index from which nothing is needed."""
@@ -222,16 +233,23 @@ class LaneStore:
             state.grants[i] = -1
 
     def take_events(self) -> None:
-        """Move what the compiled loops recorded into ``events``, by request."""
+        """Move what the compiled loops recorded into ``events`` and to the requests that asked for their maps."""
         a = self.lanes
         n = int(a.n_events[0])
         if n == 0:
             return
         rows = a.events[:n].copy()
         a.n_events[0] = 0
-        owner = {state.slot: (req_id, state.epoch) for req_id, state in self.slots.items()}
+        owner = {state.slot: (req_id, state) for req_id, state in self.slots.items()}
         for slot in np.unique(rows[:, 0]):
-            self.events[owner[int(slot)]].append(rows[rows[:, 0] == slot][:, 1:])
+            req_id, state = owner[int(slot)]
+            if not self.record and state.drops is None:
+                continue
+            drops = rows[rows[:, 0] == slot][:, 1:]
+            if self.record:
+                self.events[(req_id, state.epoch)].append(drops)
+            if state.drops is not None:
+                state.drops.append(drops)
 
     def record_passed(self, layer: int, slots: np.ndarray, positions: np.ndarray) -> None:
         """Remember which tokens a layer did not run on though their keys are stored (nothing when not recording)."""
@@ -251,9 +269,11 @@ class LaneStore:
         return out
 
     def reserve_events(self, most: int) -> None:
-        """Make room for ``most`` drop events in the coming step (nothing when not recording)."""
-        if self.record and self.lanes.events.shape[0] < most:
-            self.take_events()
+        """Record the coming step's drops, ``most`` at most; 0 records none."""
+        self.take_events()
+        if most == 0:
+            self.lanes.store.events_cap = 0
+        elif self.lanes.store.events_cap < most:
             self.lanes.make_events(most)
 
     def expiries(self, req_id: str, tokens: int) -> np.ndarray:

@@ -47,10 +47,12 @@ table, in reach of every lane for its longest request, weighs more than half a p
 
 OP = "vllm_prune::gated_attention"
 
-OPTIONS = {"strength": float, "record": bool, "keep": float, "floor": float, "pressure": object, "protect": str}
+OPTIONS = {
+    "strength": float, "record": bool, "keep": float, "floor": float, "pressure": object, "protect": str, "maps": bool,
+}  # fmt: skip
 """Server options: ``--additional-config '{"vllm_prune": {...}}'``. ``floor``: kept fraction that no request may go below by its
-own wish (``requests.py``). ``pressure``: strength follows how full the pool is (``pressure.py``). ``protect``: what of every
-prompt is never dropped, unless the request says (``protect.py``)."""
+own wish; ``maps``: requests may ask for their eviction maps (``requests.py``). ``pressure``: strength follows how full the pool
+is (``pressure.py``). ``protect``: what of every prompt is never dropped, unless the request says (``protect.py``)."""
 
 
 def options_of(vllm_config: VllmConfig) -> dict[str, Any]:
@@ -179,11 +181,26 @@ def served_protect(vllm_config: VllmConfig, section: DropGateConfig, markers: Ma
     return found
 
 
+def check_maps(device: str, options: dict[str, Any]) -> None:
+    """Raises PruneError where requests' maps cannot be made.
+
+    Args:
+        device: type of it.
+        options: the plugin's server options.
+    """
+    if options.get("maps", False) and device != "cpu":
+        raise PruneError(
+            "refused (maps-on-gpu): a GPU's reports do not list which keys were dropped, so there are no eviction maps.",
+            "Leave additional_config.vllm_prune.maps out, or run on the CPU build of vLLM.",
+        )
+
+
 def check_requests(vllm_config: VllmConfig, section: DropGateConfig, whole_prompt: bool, chat: bool) -> None:
     """Have vLLM ask us about every request's parameters (``request_check``)."""
-    model, floor = vllm_config.model_config, server_options(vllm_config).get("floor", 0.0)
+    model, options = vllm_config.model_config, server_options(vllm_config)
+    served = Served(section, options.get("floor", 0.0), whole_prompt, chat, options.get("maps", False))
     others = [name for name in model.logits_processors or () if not is_check(name)]
-    model.logits_processors = [*others, name_check(Served(section, floor, whole_prompt, chat))]
+    model.logits_processors = [*others, name_check(served)]
 
 
 def check_reads(vllm_config: VllmConfig, section: DropGateConfig) -> None:
@@ -226,6 +243,7 @@ class GatedModelConfig(VerifyAndUpdateConfig):
         if section.tensors == "file":
             check_calibration(find_gate_file(model.model, model.revision), section)
         served = ServedGate.of(section)
+        check_maps(device, server_options(vllm_config))
         markers = markers_of(vllm_config)
         protect = served_protect(vllm_config, section, markers)
         check_requests(vllm_config, section, served.whole_prompt, markers is not None)

@@ -31,17 +31,19 @@ class Served:
         floor: see ``request_gates``.
         chat: whether messages can be found in a prompt.
         whole_prompt: gates skip tokens of the prompt by what comes after them: these have no log-probabilities.
+        maps: see ``request_gates``.
     """
 
     section: DropGateConfig
     floor: float
     whole_prompt: bool
     chat: bool = False
+    maps: bool = False
 
     def gates(self, params: SamplingParams) -> RequestGates:
         """Raises VLLMValidationError (HTTP 400) for what cannot be served."""
         try:
-            found = request_gates(params.extra_args, self.section, self.floor)
+            found = request_gates(params.extra_args, self.section, self.floor, self.maps)
         except BadField as error:
             raise VLLMValidationError(str(error), parameter=error.field) from None
         if found.protect and found.protect.asks_for_chat and not self.chat:
@@ -56,6 +58,10 @@ class Served:
                 "gates for the request (prune.off).",
                 parameter="prompt_logprobs", value=params.prompt_logprobs,
             )  # fmt: skip
+        if found.map and params.n > 1:
+            raise VLLMValidationError(
+                "vllm-prune: prune.map maps one sequence. Ask for n = 1.", parameter="prune.map", value=params.n
+            )
         return found
 
 
