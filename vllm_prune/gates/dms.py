@@ -70,6 +70,12 @@ class DMSGate(Gate):
     def num_features(self) -> int:
         return self.shape.num_kv_heads
 
+    def keep_heads(self, heads: slice) -> None:
+        self.gate.weight = nn.Parameter(self.gate.weight.detach()[heads].clone())
+        if self.gate.bias is not None:
+            self.gate.bias = nn.Parameter(self.gate.bias.detach()[heads].clone())
+        self.gate.out_features = heads.stop - heads.start
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return LOGIT_SCALE * self.gate(self.norm(x)) - LOGIT_OFFSET
 

@@ -123,6 +123,20 @@ def prepare_cuda(vllm_config: VllmConfig, section: DropGateConfig, served: Serve
         compilation.splitting_ops = [*ops, OP]
 
 
+def prepare_ranks(vllm_config: VllmConfig, section: DropGateConfig, served: ServedGate) -> None:
+    """What several tensor parallel ranks need: see ``cache/ranks.py``.
+
+    Raises:
+        PruneError: the method decides from more than one rank sees.
+    """
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    if ranks > 1 and not served.by_rank:
+        raise PruneError(
+            f"refused (method-on-ranks): {section.method} decides from what all heads do, and a rank of {ranks} has its own.",
+            "Serve DCP, DMS, window or random gates with --tensor-parallel-size, or leave that at 1 and use more replicas.",
+        )
+
+
 def check_requests(vllm_config: VllmConfig, section: DropGateConfig, whole_prompt: bool) -> None:
     """Have vLLM ask us about every request's parameters (``request_check``)."""
     model, floor = vllm_config.model_config, server_options(vllm_config).get("floor", 0.0)
@@ -143,13 +157,14 @@ class GatedModelConfig(VerifyAndUpdateConfig):
         load_gates(gate_file, section)
         check_calibration(gate_file, section)
         device = vllm_config.device_config.device_type
-        served = ServedGate.of(section)
+        served = ServedGate.of(section, vllm_config.parallel_config.tensor_parallel_size)
         check_requests(vllm_config, section, served.whole_prompt)
         if serves_stock(vllm_config):
             logger.info("vllm-prune: every gate is open (strength 0): the base is served as it is")
             return
         if device == "cuda":
             prepare_cuda(vllm_config, section, served)
+        prepare_ranks(vllm_config, section, served)
         if served.routes or served.reveal is Reveal.NONE:
             prepare_skipping(vllm_config, section)
         if served.whole_prompt:
