@@ -75,8 +75,8 @@ class PruneMetadata(KVConnectorMetadata):
 
 @dataclass
 class PruneReports(KVConnectorWorkerMetadata):
-    """Worker to scheduler, one a step, by the first rank. Each request's reports in the order of steps: a GPU's come when they are ready,
-    and what one gives back the next does not repeat."""
+    """Worker to scheduler, one a step, by the first rank for all. Each request's reports in the order of steps: a GPU's come
+    when they are ready, and what one gives back the next does not repeat."""
 
     reports: dict[str, list[LaneReport]] = field(default_factory=dict)
 
@@ -248,7 +248,7 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
         if self._state is None:
             return
         told = self._state.end_step()
-        if self._state.ranks.speaks:  # a report that came from another, later, could name a block that is somebody else's by then
+        if self._state.ranks.speaks:  # said again later by another, a block could be somebody else's by then
             self._reports, self._doomed = told
 
     def get_block_ids_with_load_errors(self) -> set[int]:

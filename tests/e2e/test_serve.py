@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,15 +111,15 @@ class Server:
         pytest.fail(f"the server is not ready after {READY_SECONDS} s:\n{self.log.read_text()[-6000:]}")
 
 
-@pytest.fixture(scope="module")
-def server(folder, tmp_path_factory) -> Iterator[Server]:
+@contextmanager
+def serving(folder: Path, log: Path, *more: str) -> Iterator[Server]:
+    """`vllm serve` of a folder, ready, with more options; nothing of it is left afterwards."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("log") / "server.log"
     command = [
         str(Path(sys.executable).parent / "vllm"), "serve", str(folder), "--host", "127.0.0.1", "--port", str(port),
-        "--max-model-len", str(LONGEST), "--kv-cache-memory-bytes", "64M", "--enforce-eager",
+        "--max-model-len", str(LONGEST), "--kv-cache-memory-bytes", "64M", "--enforce-eager", *more,
     ]  # fmt: skip
     with log.open("wb") as out:
         process = subprocess.Popen(command, env=user_environment(), stdout=out, stderr=out, start_new_session=True)
@@ -139,6 +140,12 @@ def server(folder, tmp_path_factory) -> Iterator[Server]:
         for child in family:
             if child.is_running():
                 child.kill()
+
+
+@pytest.fixture(scope="module")
+def server(folder, tmp_path_factory) -> Iterator[Server]:
+    with serving(folder, tmp_path_factory.mktemp("log") / "server.log") as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

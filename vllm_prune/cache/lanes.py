@@ -206,14 +206,11 @@ class LaneStore:
         """What ``report`` works with, joined: pages needed, counts as ``lanes_summarize`` has them, pages in use."""
         by_layer = torch.from_numpy(self.lanes.dropped[slots].sum(-1))
         told = torch.from_numpy(counts)
-        all_ranks = self.ranks.join(Counts(torch.tensor(needs), told[:, :3], told[:, 3], told[:, 9], by_layer))
-        columns = [all_ranks.pages, all_ranks.held[:, None], all_ranks.dropped.sum(1, keepdim=True), all_ranks.by_layer()]
-        assert all_ranks.in_use is not None
-        return (
-            all_ranks.need.tolist(),
-            torch.cat([*columns, all_ranks.ends[:, None]], dim=1).numpy(),
-            all_ranks.in_use.numpy(),
-        )
+        x = self.ranks.join(Counts(torch.tensor(needs), told[:, :3], told[:, 3], told[:, 9], by_layer))
+        assert x.in_use is not None
+        held, dropped, ends = (column[:, None] for column in (x.held, x.dropped.sum(1), x.ends))
+        counted = torch.cat([x.pages, held, dropped, x.by_layer(), ends], dim=1)
+        return x.need.tolist(), counted.numpy(), x.in_use.numpy()
 
     def _shrink(self, state: SlotState, blocks: int) -> int:
         """Give up all but the lowest ``blocks`` live grants; returns the log index from which nothing is needed."""

@@ -80,7 +80,8 @@ class Ranks:
 
         flat = torch.cat([mine.need[:, None], mine.pages, mine.held[:, None], mine.ends[:, None], mine.dropped], dim=1)
         told = flat.new_empty(self.count * len(flat), flat.shape[1])
-        dist.all_gather_into_tensor(told, flat, group=self.group.device_group)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+        gather(told, flat, group=self.group.device_group)
         return joined(told.view(self.count, *flat.shape), mine.pages.shape[1], self.split)
 
     def first(self, x: torch.Tensor) -> torch.Tensor:
