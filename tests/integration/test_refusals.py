@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from support import VOCAB, tiny_config
+from support import VOCAB, random_gates, tiny_config
 from transformers import AutoConfig
 
 from vllm_prune import compat
@@ -234,17 +234,15 @@ def test_not_refused(case, tmp_path):
     assert config.cache_config.block_size % 32 == 0
 
 
-def of_method(method: str, params: dict[str, Any], **section: Any) -> Build:
-    """A maker of a gated checkpoint of a method, its gates as they are made."""
+def of_method(method: str, params: dict[str, Any]) -> Build:
+    """A maker of a gated checkpoint of a method."""
 
     def build(folder: Path) -> Path:
         config = tiny_config("qwen3")
         config.save_pretrained(folder)
         path = folder / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": ["Qwen3ForCausalLM"]}))
-        shape = GateShape(config.hidden_size, config.num_key_value_heads, config.num_hidden_layers)
-        gates = [GATES[method](shape, **params).at_layer(layer) for layer in range(shape.num_layers)]
-        add_gates(folder, gates, {"params": params, **section})
+        add_gates(folder, random_gates(config, method, **params), {"params": params})
         return folder
 
     return build

@@ -39,7 +39,7 @@ def test_two_ranks(shape, fast, monkeypatch):
         assert torch.equal(out[:, 6].long(), mine.held) and torch.equal(out[:, 7].long(), mine.dropped.sum(1))
         assert torch.equal(out[:, 11:15].long(), mine.by_layer())
         # Blocks for the one that needs most, where it may give up any and has more.
-        stay = torch.minimum(-(-both.need // s.block_pages).clamp_min(1), grants.long())
+        stay = torch.minimum((both.need + s.block_pages - 1) // s.block_pages, grants.long())
         assert torch.equal(out[:, 8].long(), torch.where(rows[:, 3] > 0, stay, grants.long()))
         kept.append(int((out[:, 8].long() * s.block_pages - mine.need >= s.block_pages).sum()))
         said = with_counts(out, both)
