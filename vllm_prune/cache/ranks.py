@@ -76,16 +76,13 @@ class Ranks:
 
     def join(self, mine: Counts) -> Counts:
         """Tell the other ranks, and hear of them. All ranks must call it for the same requests, in one order."""
-        import torch.distributed as dist
-
         flat = torch.cat([mine.need[:, None], mine.pages, mine.held[:, None], mine.ends[:, None], mine.dropped], dim=1)
-        told = flat.new_empty(self.count * len(flat), flat.shape[1])
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
-        gather(told, flat, group=self.group.device_group)
+        # As float32, two a number: bits are copied, and integers are not in vLLM's CPU loops.
+        told = self.group.all_gather(flat.view(torch.float32), dim=0).view(torch.int64)
         return joined(told.view(self.count, *flat.shape), mine.pages.shape[1], self.split)
 
     def first(self, x: torch.Tensor) -> torch.Tensor:
-        """The first rank's x, on all of them: what it is multiplied by there is 1, and exact."""
+        """The first rank's x, on all of them: the others add 0 to it, which is exact."""
         return self.group.all_reduce(x.clone() if self.rank == 0 else torch.zeros_like(x))  # type: ignore[no-any-return]
 
 

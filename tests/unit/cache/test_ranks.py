@@ -1,4 +1,4 @@
-"""What ranks agree on, from what each of them told; and over real process groups, of two ranks and of three."""
+"""What ranks agree on, from what each of them told; and over process groups of two ranks and of three, in vLLM's place."""
 
 from __future__ import annotations
 
@@ -47,28 +47,43 @@ def counts_on(rank: int) -> Counts:
     return Counts(x + 5, torch.stack([x, x + 1], 1), x * 7, x * 3, torch.stack([x, x * x], 1))
 
 
+def gather(x: torch.Tensor, dim: int) -> torch.Tensor:
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x)
+    return torch.cat(parts, dim)
+
+
+def add(x: torch.Tensor) -> torch.Tensor:
+    dist.all_reduce(x)
+    return x
+
+
 def talk(rank: int, count: int, folder: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
-    ranks = Ranks(rank, count, True, SimpleNamespace(device_group=dist.group.WORLD))
-    torch.save([getattr(ranks.join(counts_on(rank)), field.name) for field in fields(Counts)], f"{folder}/{rank}.pt")
+    ranks = Ranks(rank, count, True, SimpleNamespace(all_gather=gather, all_reduce=add))
+    found = [getattr(ranks.join(counts_on(rank)), field.name) for field in fields(Counts)]
+    torch.save([*found, ranks.first(features_on(rank))], f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def features_on(rank: int) -> torch.Tensor:
+    return torch.randn(50, 8, generator=torch.Generator().manual_seed(rank)) / 3
 
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_all_ranks_hear_the_same(tmp_path: Path, count: int):
     multiprocessing.spawn(talk, args=(count, str(tmp_path)), nprocs=count)
     mine = [counts_on(rank) for rank in range(count)]
-    need, pages, held, ends, dropped, in_use = torch.load(tmp_path / "0.pt")
+    heard = [torch.load(tmp_path / f"{rank}.pt") for rank in range(count)]
+    need, pages, held, ends, dropped, in_use, features = heard[0]
     assert torch.equal(need, torch.stack([x.need for x in mine]).amax(0))
     assert torch.equal(pages, torch.stack([x.pages for x in mine]).amax(0))
     assert torch.equal(held, sum(x.held for x in mine)) and torch.equal(ends, sum(x.ends for x in mine))
     assert torch.equal(dropped, sum(x.dropped for x in mine)) and torch.equal(in_use, sum(x.pages[:, 0] for x in mine))
-    for rank in range(1, count):
-        for ours, theirs in zip(
-            torch.load(tmp_path / f"{rank}.pt"), (need, pages, held, ends, dropped, in_use), strict=True
-        ):
-            assert torch.equal(ours, theirs)
+    assert torch.equal(features, features_on(0))
+    for others in heard[1:]:
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(heard[0], others, strict=True))
 
 
 def test_one_rank_speaks():
