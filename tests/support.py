@@ -243,6 +243,15 @@ def pool_is_whole(llm: Any) -> bool:
     return pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
 
 
+def expiries_on(worker: Any, request_id: str, tokens: int) -> Any:
+    """Recorded expiries [L, E of the rank, T] of a finished request on a worker, which may be another process."""
+    from vllm_prune.attention.step_state import find_state
+
+    store = find_state(worker.vllm_config).store
+    found = [key for key, _ in store.events if key.split("-")[0] == request_id.split("-")[0]]
+    return store.expiries(found[-1], tokens)
+
+
 def recorded(llm: Any, output: Any) -> tuple[list[int], Any]:
     """Tokens that a finished request computed keys for, and its recorded expiries [L, E, T]."""
     store = state_of(llm).store

@@ -159,11 +159,19 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "pipeline-parallel", lambda c: c.parallel_config.pipeline_parallel_size > 1,
-        "ranks of a pipeline hold different layers, whose reports are not joined yet.", "Use --pipeline-parallel-size 1.",
+        "stages of a pipeline are at different steps, and so cannot agree on the blocks of one.",
+        "Use --tensor-parallel-size instead, and --pipeline-parallel-size 1.",
     ),
     Refusal(
-        "tensor-parallel", lambda c: c.parallel_config.tensor_parallel_size > 1,
-        "tensor parallel serving of gates is not supported yet.", "Use --tensor-parallel-size 1 and more replicas.",
+        "tensor-parallel", lambda c: c.model_config.get_total_num_kv_heads() % c.parallel_config.tensor_parallel_size != 0,
+        "the base's KV heads do not divide among the ranks, and copies of a head would decide twice.",
+        "Choose a --tensor-parallel-size that divides the number of KV heads, and more replicas.",
+    ),
+    Refusal(
+        "external-launcher",
+        lambda c: c.parallel_config.distributed_executor_backend == "external_launcher" and c.parallel_config.world_size > 1,
+        "each rank has a scheduler of its own, but only the first rank reports.",
+        "Leave --distributed-executor-backend out, or use mp or ray.",
     ),
     Refusal(
         # Unless the user gave one, the hook chooses it.

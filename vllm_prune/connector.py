@@ -85,19 +85,14 @@ class PruneMetadata(KVConnectorMetadata):
 
 @dataclass
 class PruneReports(KVConnectorWorkerMetadata):
-    """Worker to scheduler, one a step and rank. Each request's reports in the order of steps: a GPU's come when they are ready,
-    and what one gives back the next does not repeat."""
+    """Worker to scheduler, one a step, by the first rank for all. Each request's reports in the order of steps: a GPU's come
+    when they are ready, and what one gives back the next does not repeat."""
 
     reports: dict[str, list[LaneReport]] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> PruneReports:
-        if not isinstance(other, PruneReports) or self.reports.keys() != other.reports.keys():
-            raise ValueError("vllm-prune: ranks report different requests")
-        merged = {}
-        for req_id, mine in self.reports.items():
-            pairs = zip(mine, other.reports[req_id], strict=True)
-            merged[req_id] = [report.merge(theirs) for report, theirs in pairs]
-        return PruneReports(merged)
+        """Never called by vLLM: ranks have agreed before the first one speaks for all (``cache/ranks.py``)."""
+        raise ValueError("vllm-prune: a second rank reports")
 
 
 class PruneConnector(KVConnectorBase_V1, SupportsHMA):
@@ -218,6 +213,8 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
         """Called once a step, on either side."""
         if self._state is not None:
             seconds, self._state.seconds = self._state.seconds, {}
+            if not self._state.ranks.speaks:
+                return None
             return PruneStats({f"seconds_{name}": value for name, value in seconds.items()}) if seconds else None
         if self._manager is None:
             return None
@@ -304,8 +301,11 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
 
     def wait_for_save(self) -> None:
         # Once a step, after the forward pass: every layer has dropped and written what it had to.
-        if self._state is not None:
-            self._reports, self._doomed = self._state.end_step()
+        if self._state is None:
+            return
+        told = self._state.end_step()
+        if self._state.ranks.speaks:  # said again later by another, a block could be somebody else's by then
+            self._reports, self._doomed = told
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         # vLLM's own way to end single requests with an error: one that has outgrown the whole pool would otherwise be

@@ -98,14 +98,16 @@ class Tally:
     """Counts in the engine core since they were last taken.
 
     Args:
-        geometry: of the model.
-        units: E.
+        geometry: of the model on one rank.
+        units: E, of all ranks.
+        ranks: how many there are.
 
     ``level``: share of their full strength that gates are given.
     """
 
     geometry: LaneGeometry
     units: int
+    ranks: int = 1
     counts: dict[str, int] = field(default_factory=dict)
     kept: dict[str, list[float]] = field(default_factory=dict)
     summed_up: float = 0.0
@@ -132,7 +134,7 @@ class Tally:
         g, found = self.geometry, dict.fromkeys(GAUGES, 0.0)
         found["strength_share"] = self.level
         # A K/V page has a place for N tokens of one head; a gate key fills r / 2 D of one.
-        places = g.num_kv_heads / self.units + (g.gate_rank / (2 * g.head_size) if g.gate_rank else 0.0)
+        places = (g.num_kv_heads + g.gate_lanes * g.gate_rank / (2 * g.head_size)) * self.ranks / self.units
         for log in running:
             report = log.report
             if report is None:
@@ -141,7 +143,7 @@ class Tally:
             found["resident_tokens"] += round(report.held / (g.num_layers * self.units))
             found["held_blocks"] += log.live
             found["dense_blocks"] += g.dense_blocks(report.covered)
-            found["stranded_slots"] += max(0, round(report.pages[0] * g.block_tokens - report.held * places))
+            found["stranded_slots"] += max(0, round(report.in_use * g.block_tokens - report.held * places))
         return found
 
     def take(self, running: Iterable[GrantLog]) -> PruneStats:

@@ -18,12 +18,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from support import VOCAB, tiny_config
+from support import VOCAB, random_gates, tiny_config
 from transformers import AutoConfig
 
 from vllm_prune import compat
 from vllm_prune.checkpoint import GENERIC_ARCHITECTURE, add_gates
-from vllm_prune.gates import DCPGate, GateShape
+from vllm_prune.gates import GATES, DCPGate, GateShape
 
 Build = Callable[[Path], Path]
 
@@ -152,7 +152,16 @@ CASES: dict[str, dict[str, tuple[Build, dict[str, Any]]]] = {
         "prefill": (QWEN3, {"prefill_context_parallel_size": 2}),
     },
     "pipeline-parallel": {"2": (QWEN3, {"pipeline_parallel_size": 2})},
-    "tensor-parallel": {"2": (QWEN3, {"tensor_parallel_size": 2})},
+    "tensor-parallel": {
+        "more_ranks_than_heads": (QWEN3, {"tensor_parallel_size": 4}),
+        "heads_do_not_divide": (
+            gated(tiny_config("qwen3", kv_heads=3), "PrunedQwen3ForCausalLM"),
+            {"tensor_parallel_size": 2},
+        ),
+    },
+    "external-launcher": {
+        "2": (QWEN3, {"tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher"}),
+    },
     "block-size": {"16": (QWEN3, {"block_size": 16}), "48": (QWEN3, {"block_size": 48})},
 }
 
@@ -223,6 +232,56 @@ def test_not_refused(case, tmp_path):
     assert config.kv_transfer_config.kv_connector == compat.CONNECTOR
     assert not config.cache_config.enable_prefix_caching
     assert config.cache_config.block_size % 32 == 0
+
+
+def of_method(method: str, params: dict[str, Any]) -> Build:
+    """A maker of a gated checkpoint of a method."""
+
+    def build(folder: Path) -> Path:
+        config = tiny_config("qwen3")
+        config.save_pretrained(folder)
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": ["Qwen3ForCausalLM"]}))
+        add_gates(folder, random_gates(config, method, **params), {"params": params})
+        return folder
+
+    return build
+
+
+ON_ONE_RANK = {
+    "ltp": {},
+    "acc": {},
+    "ltp_prompt": {},
+    "acc_prompt": {},
+    "ftp": {},
+    "shadow": {"query_heads": 4, "width": 256, "hidden": 32},
+    "shadow_token": {"query_heads": 4, "width": 256, "hidden": 32, "neurons": 192},
+}
+ON_RANKS = {
+    "dcp": {"rank": 16},
+    "dcp_kv_head": {"rank": 16, "scope": "kv_head"},
+    "dms": {},
+    "window": {},
+    "random": {},
+}
+
+
+@pytest.mark.parametrize("method", ON_ONE_RANK)
+def test_methods_that_ranks_cannot_serve(tmp_path, method):
+    folder = of_method(method, ON_ONE_RANK[method])(tmp_path)
+    with nothing_started(), pytest.raises(ValueError, match=rf"refused \(method-on-ranks\): {method} "):
+        configure(folder, tensor_parallel_size=2)
+    assert configure(folder, tensor_parallel_size=1).kv_transfer_config.kv_connector == compat.CONNECTOR
+
+
+@pytest.mark.parametrize("method", ON_RANKS)
+def test_methods_that_ranks_serve(tmp_path, method):
+    folder = of_method(method.removesuffix("_kv_head"), ON_RANKS[method])(tmp_path)
+    assert configure(folder, tensor_parallel_size=2).kv_transfer_config.kv_connector == compat.CONNECTOR
+
+
+def test_every_method_is_served_by_ranks_or_refused():
+    assert {name.removesuffix("_kv_head") for name in ON_RANKS} | set(ON_ONE_RANK) == set(GATES)
 
 
 def test_platform(tmp_path):

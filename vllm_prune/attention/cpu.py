@@ -80,7 +80,7 @@ class PruneCPUImpl(GatedImpl):
         assert self.state is not None and self.state.store is not None
         store = self.state.store
         key, value = _rows(key), _rows(value)
-        features = None if features is None else _rows(features)
+        features = None if features is None else _rows(self._shared(features))
         tokens = self.tokens.point(key, value, features, m.positions)
         if self.serving.reveal is Reveal.AT_BOUNDARY:
             return self._forward_at_boundaries(store, m, tokens, query, key, value, output)
@@ -105,6 +105,13 @@ class PruneCPUImpl(GatedImpl):
         if self.router is not None:
             self.router.observe(self.index, m, query)
         return output
+
+    def _shared(self, features: torch.Tensor) -> torch.Tensor:
+        """Features that a decision of all heads is made of are the first rank's: vLLM's sums over more than two ranks round
+        differently on each, and so could their products."""
+        assert self.state is not None
+        ranks = self.state.ranks
+        return ranks.first(features) if ranks.several and not ranks.split else features
 
     def _forward_at_boundaries(self, store: LaneStore, m: PruneAttentionMetadata, tokens: Tokens, query: torch.Tensor,
                                key: torch.Tensor, value: torch.Tensor, output: torch.Tensor) -> torch.Tensor:  # fmt: skip

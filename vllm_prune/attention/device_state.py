@@ -84,6 +84,7 @@ class DeviceState(StepState):
             self.spec.geometry, self.max_requests, self.max_tokens, views[0].shape[0], self.serving.num_units,
             self.spec.max_grants(self.max_tokens), self.device,
             partial(knobs_of, self.layers[0].drop_gate, self.layers[0].section), self.record,  # type: ignore[arg-type]
+            self.ranks,
         )  # fmt: skip
         self.store.bind(views)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.attention import get_attention_context
 from vllm.model_executor.models.utils import extract_layer_index
@@ -75,7 +76,8 @@ def backend_class() -> type[AttentionBackend]:
 
 
 class GatedAttention(Attention):
-    """Attention whose keys may expire. Holds the layer's gate; ``features`` computes what the op needs of it.
+    """Attention whose keys may expire. Holds the layer's gate, as far as it decides about this rank's heads; ``features``
+    computes what the op needs of it. H below: of the rank.
 
     Takes the arguments of vLLM's ``Attention``.
     """
@@ -85,13 +87,15 @@ class GatedAttention(Attention):
         super().__init__(*args, **kwargs)
         vllm_config = get_current_vllm_config()
         self.section = section_of(vllm_config)
-        self.serving = ServedGate.of(self.section)
+        self.ranks = vllm_config.parallel_config.tensor_parallel_size
+        self.serving = ServedGate.of(self.section, self.ranks)
         with torch.device("meta"):
             built = self.section.build_gate()
         self.borrows, self.reads = built.borrows, built.reads
         self.drop_gate: nn.Module | None = None
         if self.serving.reveal is not None:
             gate = self.section.build_gate().at_layer(extract_layer_index(self.layer_name))
+            gate = gate.at_rank(get_tensor_model_parallel_rank(), self.ranks)
             self.drop_gate = gate.to(torch.float32 if self.section.dtype == "float32" else torch.get_default_dtype())
             self.drop_gate.requires_grad_(False)
         if current_platform.is_cuda() and extract_layer_index(self.layer_name) == 0:
@@ -157,5 +161,6 @@ class GatedAttention(Attention):
             gate_lanes=self.serving.gate_lanes,
             chunk_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
             expected_keep=1.0 if self.serving.planned_dense else self.section.expected_keep,
-            eviction_units=self.serving.num_units,
+            eviction_units=self.serving.num_units * (self.ranks if self.serving.split else 1),
+            ranks=self.ranks,
         )

@@ -9,7 +9,7 @@ import numpy as np
 
 from vllm_prune.config import DropGateConfig
 from vllm_prune.errors import PruneError
-from vllm_prune.gates import BoundaryGate, BoundaryRule, Gate, Reveal, decision_shift
+from vllm_prune.gates import BoundaryGate, BoundaryRule, Gate, Reveal, Scope, decision_shift
 from vllm_prune.gates.dcp import DCPGate
 from vllm_prune.gates.dms import DMSGate
 from vllm_prune.gates.random_drop import RandomGate
@@ -29,6 +29,7 @@ class ServedGate:
         sinks, window: protected keys, in tokens.
         routes: whether layers run on a subset of the tokens.
         whole_prompt: whether every prompt must come in one step.
+        split: whether each KV head decides for itself, so that ranks of a tensor parallel group decide about their own alone.
     """
 
     reveal: Reveal | None
@@ -39,6 +40,7 @@ class ServedGate:
     window: int
     routes: bool = False
     whole_prompt: bool = False
+    split: bool = False
 
     @property
     def ruled(self) -> bool:
@@ -50,8 +52,15 @@ class ServedGate:
         """Whether admission plans with every key kept, whatever the strength."""
         return self.reveal in (None, Reveal.NONE, Reveal.PER_REQUEST)  # the last until its prompt ends
 
+    @property
+    def by_rank(self) -> bool:
+        """Whether ranks that hold different heads can serve it: nothing but features of tokens goes into a decision."""
+        reveals = (None, Reveal.BY_QUERY, Reveal.DELAYED, Reveal.AT_WRITE)
+        return not self.routes and self.reveal in reveals
+
     @classmethod
-    def of(cls, section: DropGateConfig) -> ServedGate:
+    def of(cls, section: DropGateConfig, ranks: int = 1) -> ServedGate:
+        """Of a checkpoint, on one of ``ranks`` tensor parallel ranks, which are all alike."""
         if section.strength == 0.0:
             return cls(None, 0, 1, 0, 0, 0)
         gate = section.build_gate()
@@ -60,10 +69,12 @@ class ServedGate:
                 f"drop_gate.protect.window is {section.protect.window}, but {section.method} decides when a token is "
                 "written and never again.", "Set it to 0; protect.sinks is honoured.",
             )  # fmt: skip
-        units, protect = gate.num_units, section.protect
-        lanes = units if gate.num_remembered else 0
-        return cls(gate.reveal, gate.num_remembered // units, units, lanes, protect.sinks, protect.window, gate.routes,
-                   gate.whole_prompt)  # fmt: skip
+        split, protect = gate.scope is Scope.KV_HEAD, section.protect
+        remembered = gate.num_remembered // gate.num_units
+        units = gate.num_units // ranks if split else 1
+        lanes = units if remembered else 0
+        return cls(gate.reveal, remembered, units, lanes, protect.sinks, protect.window, gate.routes, gate.whole_prompt,
+                   split)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

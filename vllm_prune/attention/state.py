@@ -115,6 +115,7 @@ class WorkerState(StepState):
             max_grants=self.spec.max_grants(self.max_tokens),
             record=self.record,
             received=self.serving.reveal is Reveal.AT_BOUNDARY,
+            ranks=self.ranks,
         )
         self.store.bind(views)
 

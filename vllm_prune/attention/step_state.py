@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_prune.cache.grants import LaneReport
+from vllm_prune.cache.ranks import Ranks
 from vllm_prune.cache.spec import PruneSpec
 from vllm_prune.config import server_options
 
@@ -38,6 +39,7 @@ class StepState(ABC):
 
     Attributes:
         store: of lanes, once the KV cache is bound.
+        ranks: of the tensor parallel group, this worker's among them.
         seconds: spent since they were last taken, by name of ``metrics.SECONDS`` (CPU workers).
     """
 
@@ -54,6 +56,7 @@ class StepState(ABC):
             vllm_config.compilation_config.static_forward_context[name] for name in layer_names
         ]
         self.serving = self.layers[0].serving
+        self.ranks = Ranks.of_this_worker(self.serving.split)
         self.store = None
         self.seconds: dict[str, float] = {}
         for index, layer in enumerate(self.layers):

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from vllm_prune_kernels.close import close
 from vllm_prune_kernels.grants import forget, grant
-from vllm_prune_kernels.lanes import AHEAD, NEVER, Lanes, Sizes, send
+from vllm_prune_kernels.lanes import AHEAD, NEVER, REPORT, Lanes, Sizes, send
 from vllm_prune_kernels.plan import plan
 
 from vllm_prune.cache.geometry import LaneGeometry, cdiv
 from vllm_prune.cache.grants import LaneReport
+from vllm_prune.cache.ranks import Counts, Ranks
 from vllm_prune.cache.views import layers_in_one
 
 if TYPE_CHECKING:
@@ -71,6 +72,38 @@ def sizes_of(geometry: LaneGeometry, max_requests: int, max_tokens: int, num_blo
     )  # fmt: skip
 
 
+def counts_of(lanes: Lanes, rows: torch.Tensor) -> Counts:
+    """What this rank's lanes need and hold, as ``close`` is about to count it; nothing is read back.
+
+    Args:
+        rows: int32 [n, 4], as ``close`` takes them.
+    """
+    s, slot = lanes.sizes, rows[:, 0].long()
+    length = lanes.length[slot].long()  # [n, Z]
+    kv = torch.arange(s.per_layer, device=rows.device) < s.heads
+    size = torch.where(kv, s.page_tokens, s.gate_page_tokens).repeat(s.layers)
+    pages = [((length + more + size - 1) // size).sum(1) for more in range(AHEAD)]
+    need = ((length + rows[:, 1:2].clamp_min(0) + size - 1) // size).sum(1) + rows[:, 2]
+    held = length.view(-1, s.layers, s.per_layer)[:, :, : s.units].sum((1, 2))
+    dropped = lanes.dropped[slot].long().sum(-1)
+    return Counts(need, torch.stack(pages, 1), held, torch.zeros_like(held), dropped)
+
+
+def with_need(rows: torch.Tensor, agreed: Counts, own: torch.Tensor) -> torch.Tensor:
+    """Rows for ``close`` that keep as many pages as the rank in most need: ``own``, int64 [n], pages in use here."""
+    more = agreed.need - own
+    return torch.stack([rows[:, 0], torch.zeros_like(rows[:, 0]), more.to(rows.dtype), rows[:, 3]], dim=1)
+
+
+def with_counts(out: torch.Tensor, agreed: Counts) -> torch.Tensor:
+    """A report of this rank as one of all ranks: int32 [n, ``REPORT`` + 1], the last column pages in use on all."""
+    assert agreed.in_use is not None
+    dropped = agreed.dropped.sum(1)
+    columns = [agreed.pages, out[:, 5:6], agreed.held[:, None], dropped[:, None], out[:, 8:11], agreed.by_layer(),
+               agreed.in_use[:, None]]  # fmt: skip
+    return torch.cat([column.to(out.dtype) for column in columns], dim=1)
+
+
 class DeviceStore:
     """See the module.
 
@@ -84,16 +117,18 @@ class DeviceStore:
         device: of the KV cache.
         knobs: what a strength changes in the gates' rules.
         record: keep the expiry of every key that is dropped (tests).
+        ranks: whose heads these are.
     """
 
     def __init__(
         self, geometry: LaneGeometry, max_requests: int, max_tokens: int, num_blocks: int, units: int, max_grants: int,
-        device: torch.device, knobs: Callable[[float], Knobs], record: bool = False,
+        device: torch.device, knobs: Callable[[float], Knobs], record: bool = False, ranks: Ranks | None = None,
     ) -> None:  # fmt: skip
         self.geometry, self.num_blocks, self.units, self.device, self.record = (
             geometry, num_blocks, units, device, record,
         )  # fmt: skip
         self.knobs = knobs
+        self.ranks = ranks or Ranks()
         self.shrink_limit = max_grants - geometry.blocks_for(max_tokens)
         sizes = sizes_of(geometry, max_requests, max_tokens, num_blocks, units)
         self.lanes = Lanes.make(sizes, device, record_tokens=max_tokens if record else 0)
@@ -204,7 +239,12 @@ class DeviceStore:
             return
         (rows, most, grants), self._closing = self._closing, None
         assert self.kv is not None
-        out = close(self.lanes, self.kv, rows, most)
+        if self.ranks.several:
+            mine = counts_of(self.lanes, rows)
+            agreed = self.ranks.join(mine)
+            out = with_counts(close(self.lanes, self.kv, with_need(rows, agreed, mine.pages[:, 0]), most), agreed)
+        else:
+            out = close(self.lanes, self.kv, rows, most)
         done = None
         if self.device.type == "cuda":
             numbers = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
@@ -228,14 +268,14 @@ class DeviceStore:
             sent.wait()
             rows = zip(sent.grants.items(), sent.states, sent.seen, sent.numbers.tolist(), strict=True)
             for (req_id, given), state, seen, row in rows:
-                pages, (keep, held, dropped, _, _, error), by_layer = row[:AHEAD], row[AHEAD:11], row[11:]
+                pages, (keep, held, dropped, _, _, error), by_layer = row[:AHEAD], row[AHEAD:11], row[11:REPORT]
                 if error:
                     raise RuntimeError(f"vllm-prune: request {req_id} ran out of granted pages; this is a bug")
                 state.peak_pages = max(state.peak_pages, pages[0])
                 report = LaneReport(
                     epoch=given.epoch, covered=given.covered, pages=tuple(pages), keep=keep or seen, seen=seen,
                     dropped=dropped, held=held, peak_pages=state.peak_pages,
-                    by_layer=tuple(by_layer),
+                    by_layer=tuple(by_layer), in_use=row[REPORT] if self.ranks.several else pages[0],
                 )  # fmt: skip
                 found.append((req_id, given, report, state))
         return found

@@ -17,21 +17,22 @@ from vllm_prune.cache.geometry import LaneGeometry
 
 @dataclass
 class LaneReport:
-    """What a worker says of one request after a step.
+    """What workers say of one request after a step: of all ranks together, which have agreed on it (``ranks.py``).
 
     Attributes:
         epoch: of the grant log it speaks of; a report about an earlier life of the request is ignored.
         covered: tokens of the request computed so far.
-        pages: head-pages in use now, and after 1, 2, ... more tokens if those are kept in every lane.
+        pages: head-pages in use now, and after 1, 2, ... more tokens if those are kept in every lane; of the rank with most.
         keep: grants [0, keep) are still needed; the worker will never again use grants [keep, seen).
         seen: length of the grant log when the worker spoke.
-        dropped: keys dropped so far, summed over layers and eviction units.
+        dropped: keys dropped so far, summed over layers and eviction units (of all ranks).
         held: keys held now, summed likewise.
-        peak_pages: most head-pages ever in use.
+        peak_pages: most head-pages ever in use; of the rank with most.
         by_layer: of ``dropped``, the most of any layer, then those of the first, middle and last third of the layers.
         ends: sum over dropped keys of the first query that did not see them; None where it is not counted (GPU).
         drops: of a request that asked for its map, keys dropped since its last report: int32 [n, 3] of layer * E + unit, key,
             first query that did not see it. None for all others.
+        in_use: head-pages in use now on all ranks.
     """
 
     epoch: int
@@ -45,6 +46,7 @@ class LaneReport:
     by_layer: tuple[int, ...] = (0, 0, 0, 0)
     ends: int | None = None
     drops: np.ndarray | None = None
+    in_use: int = 0
 
     @property
     def kept_pairs(self) -> float | None:
@@ -57,29 +59,6 @@ class LaneReport:
             return None
         seen = self.ends - self.dropped + (self.covered - 1) * self.held
         return seen / total - 1.0 if total else 1.0
-
-    def merge(self, other: LaneReport) -> LaneReport:
-        """Ranks hold different heads and drop differently: plan for the one that holds most.
-
-        Raises:
-            ValueError: the two speak of different moments, or list single drops, which are not joined.
-        """
-        if (self.epoch, self.covered, self.seen) != (other.epoch, other.covered, other.seen):
-            raise ValueError(f"ranks report different steps: {self} and {other}")
-        if self.drops is not None or other.drops is not None:
-            raise ValueError("the maps of several ranks are not joined")
-        return LaneReport(
-            epoch=self.epoch,
-            covered=self.covered,
-            pages=tuple(map(max, self.pages, other.pages)),
-            keep=max(self.keep, other.keep),
-            seen=self.seen,
-            dropped=min(self.dropped, other.dropped),
-            held=max(self.held, other.held),
-            peak_pages=max(self.peak_pages, other.peak_pages),
-            by_layer=tuple(map(min, self.by_layer, other.by_layer)),
-            ends=None,
-        )
 
 
 @dataclass

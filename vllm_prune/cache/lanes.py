@@ -16,6 +16,7 @@ import torch
 from vllm_prune.cache.geometry import LaneGeometry, cdiv
 from vllm_prune.cache.grants import LaneReport
 from vllm_prune.cache.lane_ops import NEVER, Lanes, check, lib
+from vllm_prune.cache.ranks import Counts, Ranks
 from vllm_prune.cache.views import layers_in_one
 
 
@@ -50,6 +51,7 @@ class LaneStore:
         max_grants: most grants one request's log may list; past that nothing is given back until it ends.
         record: keep every drop of every request as an event (for tests, the demo and recorded truth).
         received: keep what attention each key received (gates that decide at boundaries).
+        ranks: whose heads these are.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class LaneStore:
         max_grants: int | None = None,
         record: bool = False,
         received: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         self.geometry = g = geometry
         self.num_blocks = num_blocks
@@ -70,6 +73,7 @@ class LaneStore:
         self.max_tokens = max_tokens
         self.dtype = dtype
         self.units = units
+        self.ranks = ranks or Ranks()
         dense = g.blocks_for(max_tokens)
         self.shrink_limit = (max_grants - dense) if max_grants is not None else None
         self.record = record
@@ -185,7 +189,7 @@ class LaneStore:
                 them are kept.
 
         Returns:
-            One report a request.
+            One report a request: of all ranks, and the same on each.
         """
         self.take_events()
         g, a = self.geometry, self.lanes
@@ -193,19 +197,35 @@ class LaneStore:
         counts = np.empty((len(states), 10), np.int64)
         slots = np.asarray([state.slot for state in states], np.int32)
         lib.lanes_summarize(a.ref, len(states), slots.ctypes.data, counts.ctypes.data)
+        ahead = [reserve.get(req_id, 0) if reserve else 0 for req_id in covered]
+        needs = [row[n] if n < 3 else row[0] + g.pages_for(n) for n, row in zip(ahead, counts.tolist(), strict=True)]
+        in_use = counts[:, 0]
+        if self.ranks.several and states:
+            needs, counts, in_use = self._of_all_ranks(needs, counts, slots)
         reports = {}
-        for (req_id, tokens), state, row in zip(covered.items(), states, counts.tolist(), strict=True):
+        rows = zip(covered.items(), states, needs, counts.tolist(), in_use.tolist(), strict=True)
+        for (req_id, tokens), state, need, row, used in rows:
             state.covered = tokens
             state.peak_pages = max(state.peak_pages, row[0])
-            ahead = reserve.get(req_id, 0) if reserve else 0
-            need = row[ahead] if ahead < 3 else row[0] + g.pages_for(ahead)
             keep = self._shrink(state, max(g.blocks_for_pages(need), 1))
             reports[req_id] = LaneReport(
                 epoch=state.epoch, covered=tokens, pages=(row[0], row[1], row[2]), keep=keep,
                 seen=len(state.grants), dropped=row[4], held=row[3], peak_pages=state.peak_pages,
-                by_layer=tuple(row[5:9]), ends=row[9], drops=self._take_drops(state),
+                by_layer=tuple(row[5:9]), ends=row[9], drops=self._take_drops(state), in_use=used,
             )  # fmt: skip
         return reports
+
+    def _of_all_ranks(
+        self, needs: list[int], counts: np.ndarray, slots: np.ndarray
+    ) -> tuple[list[int], np.ndarray, np.ndarray]:
+        """What ``report`` works with, joined: pages needed, counts as ``lanes_summarize`` has them, pages in use."""
+        by_layer = torch.from_numpy(self.lanes.dropped[slots].sum(-1))
+        told = torch.from_numpy(counts)
+        x = self.ranks.join(Counts(torch.tensor(needs), told[:, :3], told[:, 3], told[:, 9], by_layer))
+        assert x.in_use is not None
+        held, dropped, ends = (column[:, None] for column in (x.held, x.dropped.sum(1), x.ends))
+        counted = torch.cat([x.pages, held, dropped, x.by_layer(), ends], dim=1)
+        return x.need.tolist(), counted.numpy(), x.in_use.numpy()
 
     def _take_drops(self, state: SlotState) -> np.ndarray | None:
         """See ``LaneReport.drops``; told once."""

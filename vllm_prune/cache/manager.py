@@ -34,7 +34,7 @@ class PruneManager(SingleTypeKVCacheManager):
         self.expected_keep: dict[str, float] = {}
         """Kept fraction that a request of its own strength is planned with; the spec's for all others."""
         self._epochs = count(1)
-        self.tally = Tally(self.geometry, kv_cache_spec.eviction_units)
+        self.tally = Tally(self.geometry, kv_cache_spec.eviction_units, kv_cache_spec.ranks)
 
     def get_num_blocks_to_allocate(
         self,

@@ -19,7 +19,8 @@ class PruneSpec(FullAttentionSpec):
         gate_rank: r, numbers that the gate remembers of a token in a lane of its own; gate_lanes: such lanes in a layer.
         chunk_tokens: most tokens of one request in one step.
         expected_keep: planned mean kept fraction, from the checkpoint.
-        eviction_units: E, independent decisions about a key in a layer.
+        eviction_units: independent decisions about a key in a layer, of all ranks.
+        ranks: tensor parallel ranks; KV heads, lanes and pages are those of one of them, which are all alike.
     """
 
     num_layers: int
@@ -28,6 +29,7 @@ class PruneSpec(FullAttentionSpec):
     chunk_tokens: int
     expected_keep: float = 1.0
     eviction_units: int = 1
+    ranks: int = 1
 
     @property
     def geometry(self) -> LaneGeometry:
@@ -37,8 +39,8 @@ class PruneSpec(FullAttentionSpec):
 
     @property
     def block_bytes(self) -> int:
-        """Of a block, over all layers."""
-        return self.num_layers * self.page_size_bytes
+        """Of a block, over all layers and ranks."""
+        return self.ranks * self.num_layers * self.page_size_bytes
 
     @property
     def prefix_cacheable(self) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, ClassVar
 
@@ -136,6 +136,29 @@ class Gate(nn.Module, ABC):
         """Tell a fresh gate which layer it is, 0 to L - 1; returns it. Few gates want to know."""
         return self
 
+    def at_rank(self, rank: int, ranks: int) -> Gate:
+        """Cut a gate down to what one of several tensor parallel ranks decides; returns it.
+
+        A decision that all KV heads share stays whole, on every rank. Where each KV head decides for itself, the gate keeps
+        the heads of the rank, ``own_heads``, with their parameters: its shape, features and units are then the rank's.
+
+        Raises:
+            ValueError: the KV heads do not divide among the ranks.
+            NotImplementedError: the method cannot be split.
+        """
+        if ranks == 1:
+            return self
+        heads = own_heads(self.shape, rank, ranks)
+        if self.scope is Scope.KV_HEAD:
+            self.keep_heads(heads)
+            self.shape = replace(self.shape, num_kv_heads=heads.stop - heads.start)
+        return self
+
+    def keep_heads(self, heads: slice) -> None:
+        """Drop the parameters of all KV heads but these, of a gate in which each decides for itself; the shape is still the
+        base's. See ``at_rank``."""
+        raise NotImplementedError(f"{self.method} gates cannot be split among ranks")
+
     def misfit(self, config: Any) -> str | None:
         """What of the gate's parameters does not fit a base's Hugging Face config, in a sentence; None when all does."""
         return None
@@ -225,6 +248,18 @@ class Gate(nn.Module, ABC):
             log V [B, E, S - start, S] and the carry [B, E, S] for the next rows (None without ``row_carry``).
         """
         return self.log_visibility(inputs, **soft)[:, :, start:], None
+
+
+def own_heads(shape: GateShape, rank: int, ranks: int) -> slice:
+    """KV heads of a tensor parallel rank, as vLLM deals them out: in order, equally many each.
+
+    Raises:
+        ValueError: they do not divide.
+    """
+    each, rest = divmod(shape.num_kv_heads, ranks)
+    if rest:
+        raise ValueError(f"{shape.num_kv_heads} KV heads do not divide among {ranks} ranks")
+    return slice(rank * each, (rank + 1) * each)
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:

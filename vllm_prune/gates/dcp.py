@@ -87,6 +87,12 @@ class DCPGate(Gate):
         """r / E: numbers of one decision's interaction vectors."""
         return self.rank // self.num_units
 
+    def keep_heads(self, heads: slice) -> None:
+        weight = self.qk.weight.detach().unflatten(0, (2, self.num_units, self.unit_rank))[:, heads].flatten(0, 2)
+        self.rank = self.unit_rank * (heads.stop - heads.start)
+        self.qk.weight, self.qk.out_features = nn.Parameter(weight.clone()), 2 * self.rank
+        self.beta = nn.Parameter(self.beta.detach()[heads].clone())
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.qk(x)
 

@@ -111,6 +111,12 @@ class DMSGate(Gate):
     def num_features(self) -> int:
         return self.shape.num_kv_heads
 
+    def keep_heads(self, heads: slice) -> None:
+        self.gate.weight = nn.Parameter(self.gate.weight.detach()[heads].clone())
+        if self.gate.bias is not None:
+            self.gate.bias = nn.Parameter(self.gate.bias.detach()[heads].clone())
+        self.gate.out_features = heads.stop - heads.start
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         numbers = x if self.reads is Reads.QUERY else self.gate(self.norm(x))
         logits = self.scale * numbers - self.unit

@@ -64,11 +64,15 @@ class RandomGate(HardGate):
         self.keep = float(keep)
         self.delay = delay
         self.seed = seed
+        self.first_head = 0  # not 0 on a rank that holds others
         self.register_buffer("layer", torch.tensor(-1.0))
 
     def at_layer(self, index: int) -> RandomGate:
         self.layer.fill_(float(index))
         return self
+
+    def keep_heads(self, heads: slice) -> None:
+        self.first_head = heads.start
 
     def salts(self) -> torch.Tensor:
         """int64 [H] in [0, 2^32): what tells the KV heads of all layers apart.
@@ -80,7 +84,7 @@ class RandomGate(HardGate):
         if not (0 <= layer < self.shape.num_layers and layer.is_integer()):
             raise ValueError(f"this random gate's layer is {layer:g}, of {self.shape.num_layers}: see at_layer()")
         start = mix(torch.tensor(self.seed))
-        heads = torch.arange(self.shape.num_kv_heads)
+        heads = self.first_head + torch.arange(self.shape.num_kv_heads)
         return mix(mix(start ^ (int(layer) + 1)) ^ (heads + 1))
 
     def limit(self, strength: float) -> int:

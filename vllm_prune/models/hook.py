@@ -181,17 +181,34 @@ def served_protect(vllm_config: VllmConfig, section: DropGateConfig, markers: Ma
     return found
 
 
-def check_maps(device: str, options: dict[str, Any]) -> None:
+def check_maps(device: str, ranks: int, options: dict[str, Any]) -> None:
     """Raises PruneError where requests' maps cannot be made.
 
     Args:
         device: type of it.
+        ranks: tensor parallel ones.
         options: the plugin's server options.
     """
-    if options.get("maps", False) and device != "cpu":
+    if options.get("maps", False) and (device != "cpu" or ranks > 1):
         raise PruneError(
-            "refused (maps-on-gpu): a GPU's reports do not list which keys were dropped, so there are no eviction maps.",
-            "Leave additional_config.vllm_prune.maps out, or run on the CPU build of vLLM.",
+            "refused (maps-on-gpu): a GPU's reports do not list which keys were dropped, so there are no eviction maps."
+            if device != "cpu" else
+            f"refused (maps-on-ranks): only the first of {ranks} ranks reports, and each knows the drops of its own heads.",
+            "Leave additional_config.vllm_prune.maps out, or run on the CPU build of vLLM, on one rank.",
+        )  # fmt: skip
+
+
+def prepare_ranks(vllm_config: VllmConfig, section: DropGateConfig, served: ServedGate) -> None:
+    """What several tensor parallel ranks need: see ``cache/ranks.py``.
+
+    Raises:
+        PruneError: the method decides from more than one rank sees.
+    """
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    if ranks > 1 and not served.by_rank:
+        raise PruneError(
+            f"refused (method-on-ranks): {section.method} decides from what all heads do, and a rank of {ranks} has its own.",
+            "Serve DCP, DMS, window or random gates with --tensor-parallel-size, or leave that at 1 and use more replicas.",
         )
 
 
@@ -208,11 +225,16 @@ def check_reads(vllm_config: VllmConfig, section: DropGateConfig) -> None:
     cannot be served.
 
     Raises:
-        PruneError: on a GPU, or with the generic class.
+        PruneError: on a GPU, on several ranks, or with the generic class.
     """
     with torch.device("meta"):
         gate = section.build_gate()
     plain = gate.reads is Reads.INPUT and not getattr(gate, "own", False)
+    if not plain and vllm_config.parallel_config.tensor_parallel_size > 1:
+        raise PruneError(
+            f"refused (dms-form-on-ranks): gates of form {section.params.get('form')} are not cut to a rank's heads yet.",
+            "Leave --tensor-parallel-size at 1 and use more replicas.",
+        )
     if not plain and vllm_config.device_config.device_type != "cpu":
         raise PruneError(
             f"refused (dms-form-on-gpu): gates of form {section.params.get('form')}, about {section.params.get('about')}, are "
@@ -242,8 +264,9 @@ class GatedModelConfig(VerifyAndUpdateConfig):
             read_gates(model.model, section, model.revision)
         if section.tensors == "file":
             check_calibration(find_gate_file(model.model, model.revision), section)
-        served = ServedGate.of(section)
-        check_maps(device, server_options(vllm_config))
+        ranks = vllm_config.parallel_config.tensor_parallel_size
+        served = ServedGate.of(section, ranks)
+        check_maps(device, ranks, server_options(vllm_config))
         markers = markers_of(vllm_config)
         protect = served_protect(vllm_config, section, markers)
         check_requests(vllm_config, section, served.whole_prompt, markers is not None)
@@ -253,6 +276,7 @@ class GatedModelConfig(VerifyAndUpdateConfig):
             return
         if device == "cuda":
             prepare_cuda(vllm_config, section, served)
+        prepare_ranks(vllm_config, section, served)
         if served.routes or served.reveal is Reveal.NONE:
             prepare_skipping(vllm_config, section)
         if served.whole_prompt:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
 
 from vllm_prune.attention.gated import GatedAttention, section_of
 from vllm_prune.config import TENSOR_PREFIX, find_gate_file, load_gates
@@ -29,7 +30,8 @@ def without_gates(
 def load_gate_weights(
     model: nn.Module, vllm_config: VllmConfig, public: dict[str, torch.Tensor] | None = None
 ) -> set[str]:
-    """Fill every layer's gate from the gate file, or from tensors that lay among the base's weights.
+    """Fill every layer's gate from the gate file, or from tensors that lay among the base's weights; where there are several
+    ranks, with the part of this one.
 
     Returns:
         Names of the parameters loaded, as in ``model.named_parameters()``.
@@ -47,9 +49,14 @@ def load_gate_weights(
     gated = [(name, module) for name, module in model.named_modules() if isinstance(module, GatedAttention)]
     if len(gated) != section.num_layers:
         raise RuntimeError(f"vllm-prune: {len(gated)} gated layers were built, the checkpoint has {section.num_layers}")
+    rank, ranks = get_tensor_model_parallel_rank(), vllm_config.parallel_config.tensor_parallel_size
     loaded: set[str] = set()
-    for (name, module), state in zip(gated, tensors, strict=True):
+    for layer, ((name, module), state) in enumerate(zip(gated, tensors, strict=True)):
         if module.drop_gate is not None:
+            if ranks > 1:
+                whole = section.build_gate().at_layer(layer)
+                whole.load_state_dict(state)
+                state = whole.at_rank(rank, ranks).state_dict()
             module.drop_gate.load_state_dict(state)
             loaded.update(f"{name}.drop_gate.{key}" for key in state)
     return loaded

@@ -1,4 +1,4 @@
-"""Scheduler-side accounting without vLLM: bounds, reports, their aggregation over ranks."""
+"""Scheduler-side accounting without vLLM: bounds and reports."""
 
 from __future__ import annotations
 
@@ -52,19 +52,6 @@ def test_planned_peak(geometry, tokens, chunk, keep):
     assert geometry.peak_blocks(tokens, chunk, keep) <= geometry.blocks_for(tokens)
     assert geometry.peak_blocks(tokens, chunk, 1.0) == geometry.blocks_for(tokens), "keeping all plans like stock vLLM"
     assert geometry.peak_blocks(tokens, chunk, keep) >= geometry.blocks_for(min(tokens, chunk))
-
-
-def test_reports_are_merged_by_maximum():
-    merged = report(pages=(10, 11, 12), keep=3, held=5, dropped=9).merge(
-        report(pages=(8, 13, 12), keep=4, held=7, dropped=8)
-    )
-    assert merged.pages == (10, 13, 12) and merged.keep == 4 and merged.held == 7 and merged.dropped == 8
-
-
-@pytest.mark.parametrize("field", ["epoch", "covered", "seen"])
-def test_reports_of_different_moments_are_refused(field):
-    with pytest.raises(ValueError, match="different steps"):
-        report().merge(report(**{field: 7}))
 
 
 def test_accept_gives_back_the_tail_once_and_ignores_earlier_lives():
