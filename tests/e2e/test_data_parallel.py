@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,10 +22,12 @@ def by_engine(server: Server, name: str) -> dict[str, float]:
 
 
 def test_two_engines(tmp_path: Path):
-    """Both serve, drop and count; the same question has the same answer and the same drops, whoever is asked."""
+    """Both serve, drop and count; the same question has the same answer and the same drops, whoever is asked. A server option
+    (here: strength by pressure, of a pool that is never roomy) reaches both."""
     folder = save_gated(tmp_path / "gated", tiny_config("qwen3"), "dcp", beta=3.6)
     save_tokenizer(folder)
-    options = ("--data-parallel-size", "2", "--dtype", "float32")
+    config = json.dumps({"vllm_prune": {"pressure": {"start": 0.0, "full": 1e-6}}})
+    options = ("--data-parallel-size", "2", "--dtype", "float32", "--additional-config", config)
     with serving(folder, tmp_path / "server.log", *options) as server:
         client = OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=120)
 
@@ -33,6 +36,7 @@ def test_two_engines(tmp_path: Path):
                 model=str(folder), prompt=prompt, max_tokens=24, temperature=0, extra_body=NO_END
             )
             told = said.model_extra["kv_transfer_params"]["vllm_prune"]  # type: ignore[index]
+            assert told["strength_applied"] == {"least": 1.0, "mean": 1.0, "most": 1.0}
             return said.choices[0].text, {key: told[key] for key in ("keys_dropped", "keys_held", "kept_pairs")}
 
         with ThreadPoolExecutor(8) as pool:

@@ -286,6 +286,21 @@ def test_strength_of_a_chat(client, model):
     assert ask({"prune.strength": 2}).model_extra["kv_transfer_params"]["vllm_prune"]["strength"] == 2.0
 
 
+def test_a_chat_keeps_its_system_message(client, model):
+    """Without being asked to; a request can protect something else, or nothing."""
+
+    def protected(wish: dict[str, Any] | None) -> int:
+        answer = client.chat.completions.create(
+            model=model, messages=[{"role": "system", "content": TEXT}, *MESSAGES], max_completion_tokens=4,
+            extra_body={**NO_END, **({} if wish is None else {"vllm_xargs": wish})},
+        )  # fmt: skip
+        return answer.model_extra["kv_transfer_params"]["vllm_prune"]["tokens_protected"]
+
+    usual, second, nothing = (protected(w) for w in (None, {"prune.protect": "message:1"}, {"prune.protect": "none"}))
+    assert usual > second > nothing == 0
+    assert protected({"prune.protect": "2:12"}) == 10
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
@@ -295,6 +310,7 @@ def test_strength_of_a_chat(client, model):
         ({"prune.keep": 1.5}, "must lie in 0..1"),
         ({"prune.power": 1}, "is unknown"),
         ({"prune.map": True}, "is switched off"),
+        ({"prune.protect": "sytem"}, "has the word"),
     ],
 )
 def test_a_wrong_wish_is_the_clients_error(client, model, asked, said):
@@ -308,15 +324,8 @@ def test_a_wrong_wish_is_the_clients_error(client, model, asked, said):
 def test_a_map_where_there_are_none(server, tmp_path):
     """Its endpoint comes only where it is named."""
     (tmp_path / "prompt.txt").write_text(TEXT)
-    given = [
-        "map",
-        "--url",
-        server.url,
-        "--prompt-file",
-        str(tmp_path / "prompt.txt"),
-        "--out",
-        str(tmp_path / "map.html"),
-    ]
+    files = {"--url": server.url, "--prompt-file": tmp_path / "prompt.txt", "--out": tmp_path / "map.html"}
+    given = ["map", *(str(x) for pair in files.items() for x in pair)]
     done = subprocess.run([sys.executable, "-m", "vllm_prune.cli", *given], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "VLLM_PLUGINS=vllm_prune" in done.stderr.replace("\n", " ")
 
