@@ -189,9 +189,8 @@ def test_completion_stream(client, model, tokenizer):
 
 
 def test_chat(client, model, tokenizer):
-    answer = client.chat.completions.create(
-        model=model, messages=MESSAGES, max_completion_tokens=12, temperature=0, extra_body=NO_END
-    )
+    asked: dict[str, Any] = {"model": model, "messages": MESSAGES, "max_completion_tokens": 12, "temperature": 0}
+    answer = client.chat.completions.create(**asked, extra_body=NO_END)
     assert answer.choices[0].message.role == "assistant"
     assert answer.choices[0].message.content
     templated = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=True, return_dict=True)
@@ -200,9 +199,8 @@ def test_chat(client, model, tokenizer):
 
 
 def test_chat_stream(client, model):
-    asked: dict[str, Any] = {
-        "model": model, "messages": MESSAGES, "max_completion_tokens": 12, "temperature": 0, "extra_body": NO_END,
-    }  # fmt: skip
+    asked: dict[str, Any] = {"model": model, "messages": MESSAGES, "max_completion_tokens": 12, "temperature": 0}
+    asked["extra_body"] = NO_END
     chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
     assert chunks[-1].usage.completion_tokens == 12
     choices = [choice for chunk in chunks for choice in chunk.choices]
@@ -324,9 +322,9 @@ def test_a_wrong_wish_is_the_clients_error(client, model, asked, said):
 def test_a_map_where_there_are_none(server, tmp_path):
     """Its endpoint comes only where it is named."""
     (tmp_path / "prompt.txt").write_text(TEXT)
-    files = {"--url": server.url, "--prompt-file": tmp_path / "prompt.txt", "--out": tmp_path / "map.html"}
-    given = ["map", *(str(x) for pair in files.items() for x in pair)]
-    done = subprocess.run([sys.executable, "-m", "vllm_prune.cli", *given], capture_output=True, text=True, timeout=120)
+    files = ["--prompt-file", str(tmp_path / "prompt.txt"), "--out", str(tmp_path / "map.html")]
+    command = [sys.executable, "-m", "vllm_prune.cli", "map", "--url", server.url, *files]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "VLLM_PLUGINS=vllm_prune" in done.stderr.replace("\n", " ")
 
 
