@@ -38,9 +38,10 @@ class Protect:
         """Positions [begin, end) of a prompt, in order, apart from each other. What the prompt does not have is left out."""
         found = [(begin, min(end, len(ids))) for begin, end in self.tokens]
         if markers is not None and self.asks_for_chat:
-            if self.markers:
+            messages = markers.messages(ids)
+            if self.markers and messages:  # of a chat: a lone special token is no marker of one
                 found += markers.marks(ids)
-            for index, (role, span) in enumerate(markers.messages(ids)):
+            for index, (role, span) in enumerate(messages):
                 if (self.system and role == "system") or any(a <= index <= b for a, b in self.messages):
                     found.append(span)
         return join(found)

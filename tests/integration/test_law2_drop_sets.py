@@ -6,6 +6,8 @@ chosen such that none does, and the comparison is exact.
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ from support import (
     recorded,
     save_base,
     save_gated,
+    scheduler_of,
     state_of,
     tiny_config,
 )
@@ -74,32 +77,31 @@ def check(gated, llm, outputs, least: float = 0.05) -> None:
             assert least < (want != NEVER).mean() < 0.98, "the test must see drops and survivors"
 
 
-@pytest.mark.parametrize("chunk", [1, 16, 0], ids=["chunk1", "chunk16", "whole"])
-def test_alone(gated, chunk):
-    with engine(gated, long_prefill_token_threshold=chunk, **RECORD) as llm:
-        check(gated, llm, generate(llm, prompts([130], seed=3), tokens=20))
-
-
-@pytest.mark.parametrize("chunk", [16, 0], ids=["chunk16", "whole"])
-def test_mixed_batch(gated, chunk):
-    """Prefill chunks and decodes in one step, lengths around page and block borders."""
-    with engine(gated, long_prefill_token_threshold=chunk, **RECORD) as llm:
-        outputs = generate(llm, prompts([1, 2, 31, 32, 33, 100, 257, 64], seed=4), tokens=40)
-        check(gated, llm, outputs)
+def in_every_way(gated, **options) -> None:
+    """Alone in chunks of 1, of 16 and whole; in mixed batches, around page and block borders; thrown out in the middle."""
+    with engine(gated, **options, **RECORD) as llm:
+        config = scheduler_of(llm).scheduler_config
+        for chunk in (1, 16, 0):
+            config.long_prefill_token_threshold = chunk
+            check(gated, llm, generate(llm, prompts([130], seed=3), tokens=20))
+        for chunk in (16, 0):  # prefill chunks and decodes in one step
+            config.long_prefill_token_threshold = chunk
+            check(gated, llm, generate(llm, prompts([1, 2, 31, 32, 33, 100, 257, 64], seed=4), tokens=40))
+        config.long_prefill_token_threshold = 16
+        before = set(state_of(llm).store.events)
+        check(gated, llm, preempted(llm, prompts([90, 40], seed=5), tokens=30))
+        lives = Counter(name for name, _ in set(state_of(llm).store.events) - before)
+        assert len(lives) == 2 and min(lives.values()) >= 3, "each request has lived three times"
         generate(llm, prompts([3]), tokens=2)
         assert pool_is_whole(llm)
 
 
-def test_after_preemption(gated):
-    """Every running request is thrown out in the middle; it is computed again and drops the same keys."""
-    with engine(gated, long_prefill_token_threshold=16, **RECORD) as llm:
-        check(gated, llm, preempted(llm, prompts([90, 40], seed=5), tokens=30))
-        assert {epoch for _, epoch in state_of(llm).store.events} >= {3, 4, 5, 6}, "each request has lived three times"
-
-
 def test_compiled(gated):
-    with engine(gated, enforce_eager=False, long_prefill_token_threshold=16, **RECORD) as llm:
-        check(gated, llm, generate(llm, prompts([70, 33], seed=6), tokens=20))
+    in_every_way(gated, enforce_eager=False)
+
+
+def test_eager(tmp_path):
+    in_every_way(save_gated(tmp_path, tiny_config("qwen3", layers=3), "dcp", **METHODS["dcp"]), enforce_eager=True)
 
 
 def test_a_borrowed_neuron(tmp_path):

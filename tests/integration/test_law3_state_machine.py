@@ -59,6 +59,7 @@ from vllm_prune.attention.state import PruneAttentionMetadata, Rows
 from vllm_prune.attention.subset import subset, token_places
 from vllm_prune.cache.lanes import LaneStore
 from vllm_prune.cache.manager import PruneManager
+from vllm_prune.cache.ranks import Ranks
 from vllm_prune.cache.spec import PruneSpec
 from vllm_prune.gates import Protection, Reveal
 from vllm_prune.models.prompt_facts import PromptFactsRouter
@@ -117,7 +118,7 @@ class PoolMachine(BruteForce, RuleBasedStateMachine):
         self.impls = []
         for layer in range(L):
             impl = PruneCPUImpl(H * G, D, D**-0.5, H)
-            state = SimpleNamespace(store=self.store, serving=serving, spent=lambda name, since: None)
+            state = SimpleNamespace(store=self.store, serving=serving, spent=lambda name, since: None, ranks=Ranks())
             trained = RequestRule(None if layer else self.gates[0], 1.0) if method == "shadow" else rule
             impl.rule_at = {0.0: None, 1.0: trained}.__getitem__
             impl.router = self.router

@@ -129,8 +129,10 @@ def test_refusals(tmp_path, monkeypatch):
         forgotten(llm)
 
 
-def test_a_gpu_refuses():
+def test_a_gpu_and_several_ranks_refuse():
     with pytest.raises(PruneError, match=r"refused \(maps-on-gpu\)"):
-        check_maps("cuda", {"maps": True})
-    check_maps("cuda", {"maps": False})
-    check_maps("cpu", {"maps": True})
+        check_maps("cuda", 1, {"maps": True})
+    with pytest.raises(PruneError, match=r"refused \(maps-on-ranks\)"):
+        check_maps("cpu", 2, {"maps": True})
+    check_maps("cuda", 2, {"maps": False})
+    check_maps("cpu", 1, {"maps": True})

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from public_checkpoints import LAYERS, SAVED, WINDOW, edit, published
-from support import RECORD, VOCAB, engine, generate, pool_is_whole, preempted, prompts, recorded, state_of
+from support import RECORD, VOCAB, engine, generate, pool_is_whole, preempted, prompts, recorded, scheduler_of, state_of
 from test_law2_drop_sets import check
 from vllm_prune_training.masked import load_gated
 
@@ -43,17 +43,18 @@ def test_the_twin_is_what_the_source_computes(folder):
     assert (dense - want).abs().max() > 0.1, "what the gates do must show"
 
 
-@pytest.mark.parametrize("chunk", [1, 16, 0], ids=["chunk1", "chunk16", "whole"])
-def test_drops(folder, chunk):
+def test_drops(folder):
     """No option says what the folder is."""
-    lengths = [1, 2, 31, 32, 33, 100, 257, 64] if chunk else [130]
-    with engine(folder, long_prefill_token_threshold=chunk, **RECORD) as llm:
-        outputs = generate(llm, prompts(lengths, seed=4), tokens=24)
-        check(folder, llm, outputs)
-        for output in outputs:
-            ids, found = recorded(llm, output)
-            assert found.shape == (LAYERS, 2, len(ids))
-            np.testing.assert_array_equal(np.where(found < len(ids), found, NEVER), as_published(folder, ids))
+    with engine(folder, **RECORD) as llm:
+        for chunk in (1, 16, 0):
+            scheduler_of(llm).scheduler_config.long_prefill_token_threshold = chunk
+            lengths = [1, 2, 31, 32, 33, 100, 257, 64] if chunk else [130]
+            outputs = generate(llm, prompts(lengths, seed=4), tokens=24)
+            check(folder, llm, outputs)
+            for output in outputs:
+                ids, found = recorded(llm, output)
+                assert found.shape == (LAYERS, 2, len(ids))
+                np.testing.assert_array_equal(np.where(found < len(ids), found, NEVER), as_published(folder, ids))
         generate(llm, prompts([3]), tokens=2)
         assert pool_is_whole(llm)
 

@@ -111,7 +111,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
         ({"params": {**PARAMS, "query_heads": 2}}, "query_heads is 2 but the base model has 4 attention heads"),
         ({"params": {**PARAMS, "width": 128}}, "width is 128 but the base model's attention output has 256 numbers"),
         ({"params": {**PARAMS, "closed": 2.0}}, "closed must be a share"),
-        ({"params": {**PARAMS, "hidden": 64}}, "predictor.fc1.weight"),
+        ({"params": {**PARAMS, "hidden": 64}}, "predictor.fc1."),
         ({"params": {"hidden": 32}}, "query_heads"),
         ({"protect": {"sinks": 4}}, "drop_gate.protect means nothing to method 'shadow'"),
     ]

@@ -108,7 +108,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     refused({}, {"params": {**PARAMS, "neurons": 96}}, "neurons is 96 but the base model's MLPs have 192")
     refused({}, {"params": {**PARAMS, "query_heads": 2}}, "4 attention heads")
     refused({}, {"params": {**PARAMS, "closed_neurons": -0.1}}, "closed_neurons must be shares")
-    refused({}, {"params": {**PARAMS, "neuron_hidden": 25}}, "neuron_predictor.fc1.weight")
+    refused({}, {"params": {**PARAMS, "neuron_hidden": 25}}, "neuron_predictor.fc1.")
     refused({}, {"protect": {"window": 4}}, "drop_gate.protect means nothing")
     refused({"hidden_act": "gelu"}, {}, "needs silu")
     refused({"attention_bias": True}, {}, "biases")

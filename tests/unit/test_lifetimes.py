@@ -105,8 +105,3 @@ def test_too_large_a_map_is_refused_and_not_gathered(monkeypatch):
     assert made.drops == []
     with pytest.raises(PruneError, match=r"a map of 66 keys is too large, 60 is the most\. Ask"):
         unpack(made.answer(8, 11))
-
-
-def test_maps_of_several_ranks_are_not_joined():
-    with pytest.raises(ValueError, match="maps of several ranks"):
-        report(1, 4, [[0, 0, 1]]).merge(report(1, 4, []))

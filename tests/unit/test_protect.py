@@ -124,6 +124,13 @@ def test_join_keeps_positions(spans):
     assert all(first[1] < second[0] for first, second in pairwise(joined))
 
 
+def test_a_prompt_that_is_no_chat_has_no_markers():
+    fast = tokenizer(TEMPLATES["llama3"])
+    markers = find_markers(fast)
+    assert parse_protect(DEFAULT).spans(fast("<|bos|>system says no").input_ids, markers) == ()
+    assert parse_protect(DEFAULT).spans(rendered(fast, CHAT[1:2]), markers) != ()
+
+
 def test_spans_end_with_the_prompt():
     assert parse_protect("2:50").spans([5] * 10, None) == ((2, 10),)
     assert parse_protect("20:50").spans([5] * 10, None) == ()
