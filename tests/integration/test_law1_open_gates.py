@@ -26,6 +26,7 @@ FAMILIES = ("qwen3", "llama", "generic")
 SHAPES = [(64, 1), (64, 2), (64, 8), (128, 1), (128, 2), (128, 8)]
 FEW = [(64, 1), (128, 8)]
 FULL = os.environ.get("VLLM_PRUNE_FULL") == "1"
+EAGER = [(family, *shape) for family in FAMILIES for shape in (SHAPES if FULL or family == "qwen3" else FEW)]
 BOUNDARY = {"ltp": {"theta": 1e-6}, "acc": {"least": 1.0}}
 """LTP runs its second pass and drops nothing; a budget of everything is not even counted."""
 BATCHES = ([77], [1, 5, 31, 32, 33, 64, 150, 300])
@@ -80,9 +81,7 @@ def compare(made, which: int, **options) -> None:
 ZERO, NEVER = 1, 2
 
 
-@pytest.mark.parametrize(
-    "family,head_dim,group", [(f, *shape) for f in FAMILIES for shape in (SHAPES if FULL or f == "qwen3" else FEW)]
-)
+@pytest.mark.parametrize("family,head_dim,group", EAGER)
 def test_strength_zero_eager(checkpoints, family, head_dim, group):
     compare(checkpoints[family, head_dim, group], ZERO)
 
