@@ -34,6 +34,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/ftp.py --json benchmarks/results/ftp.json
 	$(BIN)/python benchmarks/prompt_forms.py --json benchmarks/results/prompt-forms.json
 	$(BIN)/python benchmarks/shadow.py --json benchmarks/results/shadow.json
+	$(BIN)/python benchmarks/serve.py --json benchmarks/results/serve.json
 
 # The Python that has vLLM for CUDA and, by `pip install -e '.[dev]'`, this plugin: $(VENV) has vLLM for CPUs.
 GPU_PYTHON ?= python3
