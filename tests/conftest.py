@@ -21,3 +21,17 @@ os.environ.update(
 )
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+
+LONG = (
+    "test_device_path",
+    "test_ray_serve",
+    "test_kernels",
+    "test_law1_open_gates",
+    "test_public_dms",
+    "test_law2_drop_sets",
+)
+"""Files that take minutes: begun first, lest one process does the last of them while the others wait."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))

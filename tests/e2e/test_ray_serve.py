@@ -249,7 +249,7 @@ def test_a_killed_replica_is_replaced_and_no_other_request_is_lost(victim, both,
     def streamed(number: int) -> str | None:
         reason = None
         try:
-            for chunk in complete(client, model, 400, f"{TEXT}  # {number}", stream=True):
+            for chunk in complete(client, model, 1500, f"{TEXT}  # {number}", stream=True):
                 begun.add(number)
                 reason = chunk.choices[0].finish_reason or reason
         except APIStatusError:
@@ -260,14 +260,14 @@ def test_a_killed_replica_is_replaced_and_no_other_request_is_lost(victim, both,
 
     begun: set[int] = set()
     before = {process.pid for process in serving.processes(REPLICA)}
+    dead = serving.processes(victim)[0]
+    children = dead.children()
     with ThreadPoolExecutor(24) as pool:
         streams = [pool.submit(streamed, number) for number in range(12)]
         serving.wait("all streams have begun", lambda: len(begun) == len(streams), 60)
         plains = [pool.submit(plain, number) for number in range(8)]
         time.sleep(0.3)
-        dead = serving.processes(victim)[0]
-        children = dead.children()
-        dead.kill()
+        dead.kill()  # found before: a look at all processes takes seconds, and streams may end in them
         late = [pool.submit(plain, 100 + number) for number in range(4)]
         assert [run.result() for run in plains + late] == [200] * 12
         ends = [run.result() for run in streams]
