@@ -4,6 +4,7 @@ that no other checkpoint is touched."""
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from test_bad_checkpoints import configure as configure_as_it_is
 from test_bad_checkpoints import refused as refused_as_it_is
 from vllm_prune_training.masked import load_gated
 
-from vllm_prune.config import parse_drop_gate
+from vllm_prune.config import DropGateConfig, parse_drop_gate
 from vllm_prune.errors import PruneError
 from vllm_prune.models import hook
 from vllm_prune.models.public import PublicDMSConfig
@@ -174,6 +175,18 @@ def test_a_gpu(name, tmp_path):
     gpu = SimpleNamespace(**{**vars(real), "device_config": SimpleNamespace(device_type="cuda")})
     with pytest.raises(PruneError, match="dms-form-on-gpu"):
         hook.check_reads(gpu, section)
+
+
+def test_a_borrowed_neuron_at_strength_0_on_a_gpu():
+    """Stock attention would serve it there, and use the neuron."""
+    base = {"num_layers": 2, "num_kv_heads": 2, "hidden_size": 64}
+    given = SimpleNamespace(device_config=SimpleNamespace(device_type="cuda"),
+                            parallel_config=SimpleNamespace(tensor_parallel_size=1),
+                            model_config=SimpleNamespace(hf_config=SimpleNamespace(architectures=[])))  # fmt: skip
+    for strength, form, fails in ((0.0, "borrowed", True), (0.5, "borrowed", False), (0.0, "separate", False)):
+        section = DropGateConfig(method="dms", params={"delay": 8, "form": form}, strength=strength, **base)
+        with pytest.raises(PruneError, match="borrowed-at-strength-0") if fails else nullcontext():
+            hook.check_reads(given, section)
 
 
 def test_another_model_type():

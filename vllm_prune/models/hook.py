@@ -240,6 +240,12 @@ def check_reads(vllm_config: VllmConfig, section: DropGateConfig) -> None:
             f"refused (dms-form-on-gpu): gates of form {section.params.get('form')}, about {section.params.get('about')}, are "
             "served on CPU only so far.", "Run on the CPU build of vLLM.",
         )  # fmt: skip
+    if gate.borrows and section.strength == 0.0 and vllm_config.device_config.device_type == "cuda":
+        raise PruneError(
+            "refused (borrowed-at-strength-0): on a GPU stock vLLM's attention serves strength 0, and it would attend to the "
+            "number of each query that these gates have taken.",
+            "Serve at a strength above 0 and let requests open their gates (prune.off), or train gates of form 'separate'.",
+        )  # fmt: skip
     if gate.reads is not Reads.INPUT and GENERIC_ARCHITECTURE in (
         vllm_config.model_config.hf_config.architectures or ()
     ):
