@@ -32,30 +32,30 @@ class Markers:
     special: frozenset[int]
     ask: tuple[int, ...] = ()
 
+    def _headers_at(self, ids: Sequence[int], i: int) -> list[tuple[str, int]]:
+        """Role and length of each header that begins there; all begin with a special token."""
+        if ids[i] not in self.special:
+            return []
+        return [(role, len(header)) for role, header in self.headers if tuple(ids[i : i + len(header)]) == header]
+
     def messages(self, ids: Sequence[int]) -> list[tuple[str, Span]]:
         """Role and span [begin, end) of each message of a prompt, header included, in order. The header that asks for an answer
         is none."""
         last = len(ids) - len(self.ask)
         end = last if self.ask and tuple(ids[last:]) == self.ask else len(ids)
-        starts = []
+        starts: list[tuple[str, int]] = []
         for i in range(end):
-            if ids[i] in self.special:
-                for role, header in self.headers:
-                    if i + len(header) < end and tuple(ids[i : i + len(header)]) == header:
-                        starts.append((role, i))
-                        break
+            starts += [(role, i) for role, length in self._headers_at(ids, i) if i + length < end][:1]
         return [(role, (begin, after)) for (role, begin), (_, after) in pairwise([*starts, ("", end)])]
 
     def marks(self, ids: Sequence[int]) -> list[Span]:
         """Spans of headers and of single special tokens in a prompt."""
         found, i = [], 0
         while i < len(ids):
-            length = 0
+            length = max((length for _, length in self._headers_at(ids, i)), default=1)
             if ids[i] in self.special:
-                lengths = [len(header) for _, header in self.headers if tuple(ids[i : i + len(header)]) == header]
-                length = max(lengths, default=1)
                 found.append((i, i + length))
-            i += max(length, 1)
+            i += length
         return found
 
 

@@ -16,12 +16,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vllm_prune.errors import PruneError
-from vllm_prune.gates import Reveal
 
 LEVELS = 8
 """Strengths between none and full: each is a rule of its own in the worker."""
-REVEALS = (Reveal.BY_QUERY, Reveal.DELAYED, Reveal.AT_WRITE)
-"""Gates whose decisions depend on no strength but that of the step in which they are made."""
 
 
 class PressureOptions(BaseModel):

@@ -13,8 +13,7 @@ from typing import Any
 
 from vllm_prune.config import MAX_STRENGTH, DropGateConfig
 from vllm_prune.errors import PruneError
-from vllm_prune.gates import GATES
-from vllm_prune.pressure import REVEALS
+from vllm_prune.gates import GATES, by_token
 from vllm_prune.protect import Protect, parse_protect
 
 PREFIX = "prune."
@@ -111,7 +110,7 @@ def _protect(value: Any, section: DropGateConfig) -> Protect:
 def may_protect(section: DropGateConfig) -> bool:
     """Whether single keys can be kept from the gates of a checkpoint: not where they decide about many at once."""
     gate = GATES[section.method]
-    return gate.reveal in REVEALS and not gate.routes
+    return by_token(gate.reveal, gate.routes)
 
 
 def _strength(fields: Mapping[str, Any], field: str, section: DropGateConfig) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 
 from vllm_prune.config import DropGateConfig
 from vllm_prune.errors import PruneError
-from vllm_prune.gates import BoundaryGate, BoundaryRule, Gate, Reveal, Scope, decision_shift
+from vllm_prune.gates import BoundaryGate, BoundaryRule, Gate, Reveal, Scope, by_token, decision_shift
 from vllm_prune.gates.dcp import DCPGate
 from vllm_prune.gates.dms import DMSGate
 from vllm_prune.gates.random_drop import RandomGate
@@ -53,10 +53,9 @@ class ServedGate:
         return self.reveal in (None, Reveal.NONE, Reveal.PER_REQUEST)  # the last until its prompt ends
 
     @property
-    def by_rank(self) -> bool:
-        """Whether ranks that hold different heads can serve it: nothing but features of tokens goes into a decision."""
-        reveals = (None, Reveal.BY_QUERY, Reveal.DELAYED, Reveal.AT_WRITE)
-        return not self.routes and self.reveal in reveals
+    def by_token(self) -> bool:
+        """See ``gates.by_token``; False where gates are open."""
+        return by_token(self.reveal, self.routes)
 
     @classmethod
     def of(cls, section: DropGateConfig, ranks: int = 1) -> ServedGate:

@@ -10,6 +10,7 @@ from vllm_prune.gates.base import (
     Reads,
     Reveal,
     Scope,
+    by_token,
     decision_shift,
     expiry_mask,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "ShadowGate",
     "ShadowTokenGate",
     "WindowGate",
+    "by_token",
     "decision_shift",
     "expiry_mask",
 ]

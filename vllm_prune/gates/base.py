@@ -36,6 +36,12 @@ class Reveal(StrEnum):
     NONE = "none"  # no key ever expires: the method skips computation alone
 
 
+def by_token(reveal: Reveal | None, routes: bool) -> bool:
+    """Whether gates of this kind decide about single keys from nothing but features of tokens: not from attention or outputs of
+    heads, nor about many keys at once, nor about what is computed."""
+    return not routes and reveal in (Reveal.BY_QUERY, Reveal.DELAYED, Reveal.AT_WRITE)
+
+
 class Reads(StrEnum):
     """What a gate's ``forward`` is given of a token: the layer's normed input, its unnormed input (the residual stream), or
     the borrowed numbers of its query, after projection and q_norm and before RoPE (``borrowed.py``)."""

@@ -24,20 +24,17 @@ def may_fuse(vllm_config: VllmConfig) -> bool:
     return current_platform.is_cuda() and vllm_config.lora_config is None
 
 
-def fuse(attention: Any) -> bool:
+def fuse(attention: Any) -> None:
     """Merge the projections of a gated attention module, where they are of one kind; else leave it as it is.
 
     Args:
-        attention: has ``qkv_proj``, vLLM's layer, and ``attn``, ours.
-
-    Returns:
-        Whether they were merged.
+        attention: has ``qkv_proj``, vLLM's layer, ``attn``, ours, and ``fused``, set when they are merged: both widths.
     """
     project, gate = attention.qkv_proj, attention.attn.projection
     if gate is None or gate.bias is not None or not isinstance(project.quant_method, UnquantizedLinearMethod):
-        return False
+        return
     if gate.weight.dtype != project.weight.dtype:
-        return False
+        return
     width, features = project.weight.shape[0], gate.weight.shape[0]
     spare = -(width + features) % ROWS
     merged = pad(torch.cat([project.weight.data, gate.weight.data]), (0, 0, 0, spare))
@@ -46,7 +43,6 @@ def fuse(attention: Any) -> bool:
     if project.bias is not None:
         project.bias.data = pad(project.bias.data, (0, features + spare))
     attention.fused = (width, features)
-    return True
 
 
 def split(product: torch.Tensor, fused: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -31,7 +31,7 @@ from vllm_prune.errors import PruneError
 from vllm_prune.gates import Reads, Reveal
 from vllm_prune.models.request_check import Served, is_check, name_check
 from vllm_prune.models.whole_prompt import need_whole_prompts
-from vllm_prune.pressure import REVEALS, pressure_options
+from vllm_prune.pressure import pressure_options
 from vllm_prune.protect import DEFAULT, Protect, parse_protect
 from vllm_prune.public_dms import read_gates
 from vllm_prune.requests import may_protect
@@ -96,7 +96,7 @@ def check_pressure(vllm_config: VllmConfig, section: DropGateConfig, served: Ser
     if section.strength == 0.0:
         raise PruneError("refused (pressure): this server's gates are open (strength 0).",
                          "Leave additional_config.vllm_prune.pressure out, or serve at a strength above 0.")  # fmt: skip
-    if served.routes or served.reveal not in REVEALS:
+    if not served.by_token:
         raise PruneError(
             f"refused (pressure): {section.method} decides by what happened at its strength before, which must not change.",
             "Leave additional_config.vllm_prune.pressure out, or serve DCP, DMS, window or random gates.",
@@ -136,7 +136,7 @@ def prepare_cuda(vllm_config: VllmConfig, section: DropGateConfig, served: Serve
     Raises:
         PruneError: the method is served on CPU only.
     """
-    if served.routes or served.reveal not in REVEALS:
+    if not served.by_token:
         raise PruneError(
             f"refused (method-on-gpu): {section.method} is served on CPU only so far.",
             "Serve DCP, DMS, window or random gates on a GPU, or run on the CPU build of vLLM.",
@@ -205,7 +205,7 @@ def prepare_ranks(vllm_config: VllmConfig, section: DropGateConfig, served: Serv
         PruneError: the method decides from more than one rank sees.
     """
     ranks = vllm_config.parallel_config.tensor_parallel_size
-    if ranks > 1 and not served.by_rank:
+    if ranks > 1 and served.reveal is not None and not served.by_token:
         raise PruneError(
             f"refused (method-on-ranks): {section.method} decides from what all heads do, and a rank of {ranks} has its own.",
             "Serve DCP, DMS, window or random gates with --tensor-parallel-size, or leave that at 1 and use more replicas.",
@@ -273,7 +273,7 @@ class GatedModelConfig(VerifyAndUpdateConfig):
         ranks = vllm_config.parallel_config.tensor_parallel_size
         served = ServedGate.of(section, ranks)
         check_maps(device, ranks, server_options(vllm_config))
-        markers = markers_of(vllm_config)
+        markers = markers_of(vllm_config) if may_protect(section) else None
         protect = served_protect(vllm_config, section, markers)
         check_requests(vllm_config, section, served.whole_prompt, markers is not None)
         check_pressure(vllm_config, section, served)
