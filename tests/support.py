@@ -243,18 +243,20 @@ def pool_is_whole(llm: Any) -> bool:
     return pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
 
 
+def expiries_of(store: Any, request_id: str, tokens: int) -> Any:
+    """Recorded expiries [L, E, T] of a finished request, whose name in the engine begins with the one that it was given."""
+    (name,) = {key for key, _ in store.events if key.split("-")[0] == request_id.split("-")[0]}
+    return store.expiries(name, tokens)
+
+
 def expiries_on(worker: Any, request_id: str, tokens: int) -> Any:
-    """Recorded expiries [L, E of the rank, T] of a finished request on a worker, which may be another process."""
+    """The same, E of the rank, on a worker, which may be another process."""
     from vllm_prune.attention.step_state import find_state
 
-    store = find_state(worker.vllm_config).store
-    found = [key for key, _ in store.events if key.split("-")[0] == request_id.split("-")[0]]
-    return store.expiries(found[-1], tokens)
+    return expiries_of(find_state(worker.vllm_config).store, request_id, tokens)
 
 
 def recorded(llm: Any, output: Any) -> tuple[list[int], Any]:
     """Tokens that a finished request computed keys for, and its recorded expiries [L, E, T]."""
-    store = state_of(llm).store
     ids = [*output.prompt_token_ids, *output.outputs[0].token_ids][:-1]
-    (req_id,) = {key for key, _ in store.events if key.split("-")[0] == output.request_id.split("-")[0]}
-    return ids, store.expiries(req_id, len(ids))
+    return ids, expiries_of(state_of(llm).store, output.request_id, len(ids))
