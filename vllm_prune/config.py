@@ -80,8 +80,11 @@ class DropGateConfig(_Strict):
     def protection(self) -> Protection:
         return Protection(self.protect.sinks, self.protect.window)
 
-    def strength_for(self, keep: float) -> float:
+    def strength_for(self, keep: float, tokens: int | None = None) -> float:
         """The strength that keeps this fraction of past pairs, read from the calibration table.
+
+        Args:
+            tokens: among so many (``Calibration.kept_of``).
 
         Raises:
             PruneError: there is no table, or it does not reach so far.
@@ -98,12 +101,15 @@ class DropGateConfig(_Strict):
                 f"at strengths 0 to {self.calibration.strongest:g}, {self.calibration.length} tokens.",
                 "Ask for a fraction within, or run `vllm-prune calibrate` with other --strengths.",
             )
-        return self.calibration.strength_at(keep)
+        return self.calibration.strength_at(keep, tokens)
 
-    def at_strength(self, strength: float) -> DropGateConfig:
+    def at_strength(self, strength: float, tokens: int | None = None) -> DropGateConfig:
         """The section as served at a strength, with the ``expected_keep`` that goes with it.
 
         Without a table a weaker strength than the checkpoint's own plans with everything kept.
+
+        Args:
+            tokens: what is planned is as long as that (``Calibration.kept_of``).
 
         Raises:
             PruneError: the strength is out of range.
@@ -111,7 +117,7 @@ class DropGateConfig(_Strict):
         if not 0.0 <= strength <= MAX_STRENGTH:
             raise PruneError(f"strength must lie in 0..{MAX_STRENGTH:g}, got {strength}.", "0 opens every gate.")
         if self.calibration is not None:
-            keep = self.calibration.keep_at(strength)
+            keep = self.calibration.keep_at(strength, tokens)
         else:
             keep = 1.0 if strength < self.strength else self.expected_keep
         return self.model_copy(update={"strength": strength, "expected_keep": keep})

@@ -143,7 +143,9 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
         assert self._manager is not None
         params = request.sampling_params
         # Checked in the front end: what comes here otherwise than through vLLM's input processor ends the engine.
-        gates = request_gates(None if params is None else params.extra_args, self._section, maps=self._maps)
+        asked = None if params is None else params.extra_args
+        longest = request.num_prompt_tokens + request.max_tokens
+        gates = request_gates(asked, self._section, maps=self._maps, tokens=longest)
         self._requests[request.request_id] = request
         self._gates[request.request_id] = gates
         protect = self._protect if gates.protect is None else gates.protect
