@@ -174,6 +174,18 @@ class LaneStore:
             a.spared[slot, begin:end] = 1
         a.n_spared[slot] = a.spared[slot].sum()
 
+    def copy(self, origin: str, to: str, layer: int | None = None) -> None:
+        """What one entry holds, into the pages of another that holds nothing yet: in one layer, or in all."""
+        for at in range(self.geometry.num_layers) if layer is None else (layer,):
+            check(lib.lanes_copy(self.lanes.ref, at, self.slots[origin].slot, self.slots[to].slot))
+
+    def inherit(self, origin: str, to: str, tokens: int) -> None:
+        """What was recorded of one entry's first ``tokens`` tokens holds for another that was copied from it."""
+        if self.record:
+            self.take_events()
+            rows = self.events[(origin, self.slots[origin].epoch)]
+            self.events[(to, self.slots[to].epoch)] = [part[part[:, 2] <= tokens] for part in rows]
+
     # After a step ------------------------------------------------------------------------------------------------
 
     def close_lanes(self, req_id: str) -> None:

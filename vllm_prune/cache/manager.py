@@ -15,6 +15,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 
 from vllm_prune.cache.grants import GrantLog, LaneReport
+from vllm_prune.cache.snapshots import Snapshot, Snapshots
 from vllm_prune.cache.spec import PruneSpec
 from vllm_prune.metrics import Tally
 
@@ -33,6 +34,9 @@ class PruneManager(SingleTypeKVCacheManager):
         self.grants: dict[str, GrantLog] = {}
         self.expected_keep: dict[str, float] = {}
         """Kept fraction that a request of its own strength is planned with; the spec's for all others."""
+        self.snapshots: Snapshots | None = None
+        self.starting: dict[str, Snapshot] = {}
+        """What waiting requests will start from, as found when they were last looked at."""
         self._epochs = count(1)
         self.tally = Tally(self.geometry, kv_cache_spec.eviction_units, kv_cache_spec.ranks)
 
@@ -48,6 +52,11 @@ class PruneManager(SingleTypeKVCacheManager):
         prefill_end: int = 0,
     ) -> int:
         grants = self.grants.get(request_id)
+        if grants is None and total_computed_tokens > 0:
+            most = None
+            if apply_admission_cap:
+                most = self.kv_cache_spec.peak_blocks(num_tokens, self.expected_keep.get(request_id))
+            return self.blocks_to_start(self.starting[request_id], num_tokens, most)
         if apply_admission_cap and (grants is None or grants.report is None):
             # Admission asks for the whole prompt at once: plan for its peak, thinned out as the checkpoint promises.
             planned = self.kv_cache_spec.peak_blocks(num_tokens, self.expected_keep.get(request_id))
@@ -55,6 +64,29 @@ class PruneManager(SingleTypeKVCacheManager):
         if grants is None:
             return self.geometry.blocks_for(num_tokens)
         return max(grants.needed(self.geometry, num_tokens) - grants.live, 0)
+
+    def blocks_to_start(self, snapshot: Snapshot, num_tokens: int, most: int | None = None) -> int:
+        """Free blocks that a request of ``num_tokens`` tokens takes to start from a snapshot: its own (``most``, where that many
+        are planned at most), and those copied from, which nobody may be given meanwhile."""
+        assert self.snapshots is not None
+        own = snapshot.begun(0).needed(self.geometry, num_tokens)
+        return min(own, own if most is None else most) + self.snapshots.free_blocks_of(snapshot)
+
+    def allocate_external_computed_blocks(
+        self,
+        request_id: str,
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+        record_for_zeroing: bool = True,
+    ) -> None:
+        """A request starts from a snapshot: its blocks are granted with those for its next tokens."""
+        assert self.snapshots is not None
+        snapshot = self.starting[request_id]
+        self.snapshots.hold(snapshot)
+        self.grants[request_id] = snapshot.begun(next(self._epochs))
+
+    def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Blocks hold pages of any lane, not tokens in order: vLLM must not find them by their hashes."""
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         grants = self.grants.get(request_id)
@@ -104,5 +136,5 @@ class PruneManager(SingleTypeKVCacheManager):
     @classmethod
     def find_longest_cache_hit(cls, block_hashes: Any, max_length: int, kv_cache_group_ids: list[int],
                                block_pool: BlockPool, *args: Any, **kwargs: Any) -> tuple[tuple[list, ...], int]:  # fmt: skip
-        """Prefix caching is switched off for gated models, so there is never a hit."""
+        """Never a hit: prefixes are held as snapshots, which the connector finds (``PruneConnector``)."""
         return tuple([] for _ in kv_cache_group_ids), 0

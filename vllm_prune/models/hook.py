@@ -103,6 +103,17 @@ def check_pressure(vllm_config: VllmConfig, section: DropGateConfig, served: Ser
         )
 
 
+def no_prefixes(device: str, served: ServedGate, options: dict[str, Any]) -> str | None:
+    """Why what gates leave of a prompt's beginning cannot serve another request; None where it can."""
+    if device != "cpu":
+        return "snapshots of lanes are made on CPU workers only"
+    if not served.leaves_prefixes:
+        return "with these gates what is left of a prompt's beginning hangs on what follows it, or does not lie in its lanes"
+    if options.get("pressure"):
+        return "with the option pressure it hangs on how full the pool was"
+    return None
+
+
 def warn_if_unsafe(section: DropGateConfig) -> None:
     """Log a warning when the served strength lies beyond the calibrated safe range."""
     table = section.calibration
@@ -305,9 +316,10 @@ class GatedModelConfig(VerifyAndUpdateConfig):
             raise PruneError(
                 f"drop_gate.params.rank does not fit the base: {error}.", "Train with another rank."
             ) from None
-        if vllm_config.cache_config.enable_prefix_caching:
-            logger.info("vllm-prune: prefix caching is switched off (not supported with drop gates yet)")
-        vllm_config.cache_config.enable_prefix_caching = False
+        reason = no_prefixes(device, served, server_options(vllm_config))
+        if cache.enable_prefix_caching and reason:
+            logger.info("vllm-prune: prefix caching is switched off: %s", reason)
+            cache.enable_prefix_caching = False
         # No consumer: blocks of a request that ended while a step is in flight may go to the next one at once, since all that
         # touches them is in the order of one stream.
         vllm_config.kv_transfer_config = KVTransferConfig(
