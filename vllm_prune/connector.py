@@ -278,7 +278,11 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
             return PruneStats({f"seconds_{name}": value for name, value in seconds.items()}) if seconds else None
         if self._manager is None:
             return None
-        return self._manager.tally.take(self._manager.grants.values())
+        tally = self._manager.tally
+        if self._snapshots is not None:
+            tally.snapshots = len(self._snapshots)
+            tally.snapshot_bytes = self._snapshots.blocks * self._manager.kv_cache_spec.block_bytes
+        return tally.take(self._manager.grants.values())
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:

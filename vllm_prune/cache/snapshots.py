@@ -101,6 +101,9 @@ class Snapshots:
         self._numbers = count(1)
         self.made = self.used = self.lost = 0
 
+    def __len__(self) -> int:
+        return len(self._by_prefix)
+
     @property
     def blocks(self) -> int:
         """Blocks that snapshots are in."""
