@@ -143,7 +143,6 @@ class WorkerState(StepState):
                 store.spare(req_id, grant.spared)
             if grant.start is not None:
                 store.copy(grant.start, req_id)
-                store.inherit(grant.start, req_id, grant.covered)
         self._cuts = {}
         for req_id, grant in meta.grants.items():
             for order in grant.snapshots:
@@ -211,7 +210,6 @@ class WorkerState(StepState):
             for order in grant.snapshots:
                 if grant.tokens == 1:  # rows of one token are not cut
                     store.copy(req_id, order.name)
-                store.inherit(req_id, order.name, order.tokens)
                 covered[order.name] = order.tokens
         reports = store.report(covered, ahead)
         doomed = {

@@ -175,16 +175,15 @@ class LaneStore:
         a.n_spared[slot] = a.spared[slot].sum()
 
     def copy(self, origin: str, to: str, layer: int | None = None) -> None:
-        """What one entry holds, into the pages of another that holds nothing yet: in one layer, or in all."""
-        for at in range(self.geometry.num_layers) if layer is None else (layer,):
+        """What one entry holds, into the pages of another that holds nothing yet: in one layer, or in all. What is recorded of
+        its drops there goes along."""
+        layers = range(self.geometry.num_layers) if layer is None else (layer,)
+        for at in layers:
             check(lib.lanes_copy(self.lanes.ref, at, self.slots[origin].slot, self.slots[to].slot))
-
-    def inherit(self, origin: str, to: str, tokens: int) -> None:
-        """What was recorded of one entry's first ``tokens`` tokens holds for another that was copied from it."""
         if self.record:
             self.take_events()
-            rows = self.events[(origin, self.slots[origin].epoch)]
-            self.events[(to, self.slots[to].epoch)] = [part[part[:, 2] <= tokens] for part in rows]
+            mine, theirs = (self.events[(name, self.slots[name].epoch)] for name in (to, origin))
+            mine += [rows[np.isin(rows[:, 0] // self.units, layers)] for rows in theirs]
 
     # After a step ------------------------------------------------------------------------------------------------
 

@@ -43,6 +43,8 @@ class RayServeConfig(BaseModel):
         max_ongoing_requests: a replica is given at once; more wait at the ingress.
         max_queued_requests: that may wait at an ingress replica; others get HTTP 503. -1: any number.
         retries: further replicas that a request is given to when its replica dies before it has sent anything.
+        prefix_routing: prefer the replica that has served the longest common beginning, unless its queue is so many requests
+            longer than another's; 0 leaves the choice to Serve.
         cpus_per_replica, gpus_per_rank: what Ray sets aside. 0 GPUs: an engine on CPU.
         ingress_replicas, cpus_per_ingress: of the ingress, which has no engine.
         env: environment of the engine replicas.
@@ -65,6 +67,7 @@ class RayServeConfig(BaseModel):
     max_ongoing_requests: int = Field(256, ge=1)
     max_queued_requests: int = Field(-1, ge=-1)
     retries: int = Field(2, ge=0)
+    prefix_routing: int = Field(0, ge=0)
     cpus_per_replica: float = Field(1.0, ge=0.0)
     gpus_per_rank: Literal[0, 1] = 1
     ingress_replicas: int = Field(1, ge=1)
