@@ -12,9 +12,11 @@ from typing import Any
 import httpx
 from mixed_load import draw_lengths, draw_tokens
 
-BAD, LEAVE_EARLY, LEAVE_MIDWAY, SAMPLED = 0.01, 0.04, 0.04, 0.2
-"""Shares of requests: bad ones, of clients that leave before the first token and in the middle of a stream; and of those that
-sample, which are counted and not compared."""
+BAD = 100
+"""One in so many requests is a bad one."""
+LEAVE_EARLY, LEAVE_MIDWAY, SAMPLED = 0.04, 0.04, 0.2
+"""Shares of requests of clients that leave before the first token and in the middle of a stream; and of requests that sample, which
+are counted and not compared."""
 RUNNING = 32
 """Most clients at a time: arrivals wait while there are so many."""
 STRENGTHS: list[dict[str, Any]] = [{}, {}, {}, {"prune.off": True}, {"prune.strength": 0.5}, {"prune.strength": 2.0}]
@@ -115,13 +117,13 @@ class Clients:
         asked, stream = catalogue[number], self.rng.random() < 0.5
         self.counts["sent"] += 1
         try:
-            if kind < BAD:
+            if self.counts["sent"] % BAD == BAD // 2:
                 await self._bad(asked)
-            elif kind < BAD + LEAVE_EARLY:
+            elif kind < LEAVE_EARLY:
                 async with asyncio.timeout(self.rng.uniform(0.0, 0.1)):
                     await (self._stream(asked) if stream else self.whole(asked))
                 self.counts["answered before the client left"] += 1
-            elif kind < BAD + LEAVE_EARLY + LEAVE_MIDWAY:
+            elif kind < LEAVE_EARLY + LEAVE_MIDWAY:
                 await self._stream(asked, leave_after=self.rng.randrange(1, max(asked.most, 2)))
                 self.counts["left midway"] += 1
             else:
