@@ -15,7 +15,7 @@ from mixed_load import draw_lengths, draw_tokens
 BAD = 100
 """One in so many requests is a bad one."""
 LEAVE_EARLY, LEAVE_MIDWAY, SAMPLED = 0.04, 0.04, 0.2
-"""Shares of requests of clients that leave before the first token and in the middle of a stream; and of requests that sample, which
+"""Shares of requests: of clients that leave before the first token or in the middle of a stream; and those that sample, which
 are counted and not compared."""
 RUNNING = 32
 """Most clients at a time: arrivals wait while there are so many."""

@@ -113,14 +113,14 @@ class Stream:
 
 @contextmanager
 def under_load(server: Server) -> Iterator[list[Stream]]:
-    """Streams that have begun and are far from their ends; at the end of the block all must have ended, within a minute."""
+    """Streams that have begun and are far from their ends; after the block all must end, within two minutes."""
     streams = [Stream(server, prompt) for prompt in ASKED * 2]
     with ThreadPoolExecutor(len(streams)) as pool:
         running: list[Future[None]] = [pool.submit(stream.read) for stream in streams]
         wait_for(lambda: all(stream.tokens or stream.ended for stream in streams), 60)
         yield streams
         for one in running:
-            one.result(60)
+            one.result(110)
 
 
 def wait_for(what: Callable[[], bool], seconds: float) -> None:
@@ -148,7 +148,8 @@ def rightly_begun(streams: list[Stream], usual: list[tuple[list[int], int]]) -> 
 
 @pytest.fixture(scope="module")
 def first(folder, clock, tmp_path_factory) -> Iterator[Server]:
-    with serving(folder, tmp_path_factory.mktemp("log") / "first.log", *OPTIONS, **clock.env) as found:
+    log = tmp_path_factory.mktemp("log") / "first.log"
+    with serving(folder, log, *OPTIONS, "--shutdown-timeout", "120", **clock.env) as found:
         yield found
 
 
@@ -226,10 +227,12 @@ def test_clients_leave(first, usual):
 
 
 def test_sigterm_under_load(first, usual):
+    """With vLLM's --shutdown-timeout those who are being served get all of their answers; nobody else is let in."""
     processes = family(first)
     with under_load(first) as streams:
         first.process.send_signal(signal.SIGTERM)
     rightly_begun(streams, usual)
+    assert all(stream.ended == "whole" for stream in streams)
     first.process.wait(60)
     _, alive = psutil.wait_procs(processes, timeout=30)
     assert alive == []
@@ -246,7 +249,7 @@ def kill_under_load(server: Server, name: str, usual: list[tuple[list[int], int]
     assert any(stream.ended != "whole" for stream in streams), "it came too late to be a fault"
     server.process.wait(60)
     _, alive = psutil.wait_procs(processes, timeout=30)
-    assert alive == [] and server.process.returncode != 0
+    assert alive == []
     assert re.search(r"ERROR .*(died|dead|Dead)", server.log.read_text()), server.log.read_text()[-3000:]
 
 

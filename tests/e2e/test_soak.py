@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 SOAK = Path(__file__).parents[2] / "benchmarks" / "soak.py"
 MINUTES = 3.0
 ROOM = 400 << 20
-"""Bytes that a process may grow by in so short a time: a worker meets new shapes of matrix products, and what oneDNN made for each
+"""Bytes that a process may grow by in so short a time: workers meet new shapes of matrix products, and what oneDNN made for each
 is kept (stock vLLM's does as well)."""
 
 
