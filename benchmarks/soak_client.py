@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 import httpx
 from mixed_load import draw_lengths, draw_tokens
+from serving import Events
 
 BAD = 100
 """One in so many requests is a bad one."""
@@ -158,13 +158,12 @@ class Clients:
         async with self.http.stream("POST", "/v1/completions", json=asked.body(stream=True)) as found:
             if found.status_code != 200:
                 raise RuntimeError(f"HTTP {found.status_code}: {(await found.aread())[:500]!r}")
-            async for line in found.aiter_lines():
-                if not line.startswith("data: ") or line == "data: [DONE]":
-                    continue
-                data = json.loads(line.removeprefix("data: "))
-                if "error" in data:
-                    raise RuntimeError(f"in a stream: {data['error']}")
-                tokens += [token for choice in data["choices"] for token in choice.get("token_ids") or ()]
+            events = Events()
+            async for chunk in found.aiter_bytes():
+                for data in events.take(chunk):
+                    if "error" in data:
+                        raise RuntimeError(f"in a stream: {data['error']}")
+                    tokens += [token for choice in data["choices"] for token in choice.get("token_ids") or ()]
                 if leave_after is not None and len(tokens) >= leave_after:
                     break
         return Answer(tokens, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -55,6 +57,18 @@ class Server:
             except httpx.HTTPError:
                 time.sleep(0.3)
         raise AssertionError(f"the server is not ready after {READY_SECONDS} s:\n{self.log.read_text()[-6000:]}")
+
+
+class Events:
+    """Server-sent events out of a stream's bytes. httpx's own lines also end at U+0085 and U+2028, which may be in a text."""
+
+    def __init__(self) -> None:
+        self.rest = b""
+
+    def take(self, chunk: bytes) -> list[dict[str, Any]]:
+        """The events that are whole with this chunk, as JSON."""
+        *lines, self.rest = (self.rest + chunk).split(b"\n")
+        return [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
 
 
 @contextmanager
