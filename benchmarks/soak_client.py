@@ -97,7 +97,8 @@ class Clients:
     finished: list[tuple[int, Answer]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=8)
+        # Idle connections are closed before the server does it (after 5 s), lest it be in the middle of a request.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=8, keepalive_expiry=1.0)
         self.http = httpx.AsyncClient(base_url=self.url, timeout=300, limits=limits)
 
     async def load(self, catalogue: list[Asked], seconds: float, rate: float) -> None:
