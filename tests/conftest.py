@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
 LONG = (
+    "test_soak",
+    "test_faults",
     "test_device_path",
     "test_ray_serve",
     "test_kernels",

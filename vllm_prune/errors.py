@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class PruneError(ValueError):
     """A checkpoint, option or combination that vllm-prune refuses.
@@ -18,3 +22,16 @@ class PruneError(ValueError):
 
     def __reduce__(self) -> tuple[type[PruneError], tuple[str, str]]:
         return type(self), (self.problem, self.way_out)
+
+
+@contextmanager
+def writing(place: Path, way_out: str) -> Iterator[None]:
+    """Around what writes to a place: no room there, or no right to.
+
+    Raises:
+        PruneError: instead of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise PruneError(f"{place} cannot be written: {error}.", way_out) from None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_prune.demo.maps import EvictionMap, render_page
-from vllm_prune.errors import PruneError
+from vllm_prune.errors import PruneError, writing
 from vllm_prune.lifetimes import unpack
 
 PATH = "/v1/prune/map"
@@ -110,9 +110,7 @@ def draw(url: str, prompt_file: Path, out: Path, wishes: dict[str, Any], api_key
         raise PruneError(f"the prompt {prompt_file} cannot be read: {error}.", "Name a UTF-8 text file.") from None
     answer = ask(url, {"prompt": prompt, **wishes}, api_key)
     page = page_of(answer)
-    try:
+    with writing(out, "Name another file with --out."):
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise PruneError(f"the page cannot be written: {error}.", "Name another file with --out.") from None
     return map_of(answer)

@@ -121,12 +121,11 @@ class Tally:
         if count:
             self.counts[name] = self.counts.get(name, 0) + count
 
-    def report(self, before: LaneReport | None, now: LaneReport, returned: int) -> None:
-        """A request's report was taken in. ``before``: its last one; ``returned``: blocks that this one gave back."""
+    def report(self, before: LaneReport | None, now: LaneReport) -> None:
+        """A request's report was taken in. ``before``: its last one."""
         old = before or LaneReport(now.epoch, 0, (), 0, 0)
         self.add("keys_dropped", now.dropped - old.dropped)
         self.add("keys_computed", now.dropped + now.held - old.dropped - old.held)
-        self.add("blocks_returned", returned)
 
     def ended(self, report: LaneReport) -> None:
         """A request ended with this."""

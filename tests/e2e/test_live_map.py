@@ -169,6 +169,11 @@ def test_a_wrong_key_is_told(server, tmp_path):
     assert done.returncode == 2 and "HTTP 401" in done.stderr
 
 
+def test_a_page_that_finds_no_room_is_told(server, tmp_path):
+    done = command(server, tmp_path, "--out", "/dev/full")
+    assert done.returncode == 2 and "/dev/full cannot be written: [Errno 28] No space left on device" in done.stderr
+
+
 # In a browser -----------------------------------------------------------------------------------------------------------
 
 MOVE = """<script>

@@ -2,7 +2,8 @@
 
 Every block granted to a request is appended to its log and named by its index there, on both sides. The worker reports
 which grants it still needs; the rest go back to the pool. Until a report arrives an upper bound holds: the last report
-plus the most that the tokens since can need. Lateness is therefore always safe. Runs in the engine core.
+plus the most that the tokens since can need. Lateness that the worker was told to expect (``StepGrant.in_flight``) is therefore
+safe. Runs in the engine core.
 """
 
 from __future__ import annotations
@@ -107,10 +108,15 @@ class GrantLog:
         return unsent
 
     def accept(self, report: LaneReport) -> list[Any]:
-        """Take a report in; return the blocks it gives back, tail first. A stale report changes nothing."""
-        if report.epoch != self.epoch or (self.report is not None and report.covered < self.report.covered):
+        """Take a report in; return the blocks it gives back, tail first.
+
+        One of another life changes nothing. One that a newer has overtaken says nothing of what is needed, but what it gives up
+        the newer does not repeat.
+        """
+        if report.epoch != self.epoch:
             return []
-        self.report = report
+        if self.report is None or report.covered >= self.report.covered:
+            self.report = report
         back = []
         for index in range(min(report.seen, len(self.log)) - 1, max(report.keep, 1) - 1, -1):
             block = self.log[index]

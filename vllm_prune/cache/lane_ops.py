@@ -118,12 +118,16 @@ class _Loops:
 
 lib = _Loops()
 
-_ERRORS = {-1: "a request ran out of granted pages", -2: "the event buffer overflowed", -3: "out of memory"}
+_ERRORS = {
+    -1: "a request ran out of granted pages: a report to the scheduler was lost or came later than is allowed for, or else",
+    -2: "the event buffer overflowed:",
+    -3: "out of memory:",
+}
 
 
 def check(code: int) -> int:
     if code < 0:
-        raise RuntimeError(f"vllm-prune: {_ERRORS.get(code, code)} (a bug in page accounting, please report it)")
+        raise RuntimeError(f"vllm-prune: {_ERRORS.get(code, code)} page accounting has a bug, please report it")
     return code
 
 

@@ -112,7 +112,8 @@ class PruneManager(SingleTypeKVCacheManager):
         before = grants.report
         back = grants.accept(report)
         if grants.report is report:
-            self.tally.report(before, report, len(back))
+            self.tally.report(before, report)
+        self.tally.add("blocks_returned", len(back))
         if back:
             row = self.req_to_blocks[request_id]
             for index, block in enumerate(grants.log):

@@ -75,3 +75,26 @@ def test_unsent_grants_are_told_once():
 def test_a_page_that_cannot_hold_gate_keys_is_refused():
     with pytest.raises(ValueError, match="gate keys"):
         LaneGeometry(1, 1, 32, 32, gate_rank=48)
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 5)), min_size=1, max_size=8), st.randoms())
+def test_reports_in_any_order_twice_or_never(steps, rng):
+    """A worker is granted blocks and gives some up, step after step; its reports come in any order, some twice, some never.
+    What was given up in those that came is given back, once, and nothing that was not given up (a later report may repeat a
+    lost one); the newest says what is needed."""
+    log, reports, held, gone = GrantLog(1), list[LaneReport](), list[int](), list[set[int]]()
+    for step, (more, keep) in enumerate(steps):
+        log.grant(list(range(len(log.log), len(log.log) + more)))
+        held = [*held, *range(len(log.log) - more, len(log.log))]
+        gone.append(set(held[keep:]))
+        held = held[:keep]
+        last = held[-1] + 1 if gone[-1] else len(log.log)
+        reports.append(report(covered=step, pages=(step, step, step), keep=last, seen=len(log.log)))
+    come = [i for i in range(len(steps)) if rng.random() < 0.8]
+    order = come + [i for i in come if rng.random() < 0.3]
+    rng.shuffle(order)
+    back = [block for i in order for block in log.accept(reports[i])]
+    assert set().union(*(gone[i] for i in come)) <= set(back) <= set().union(*gone) and len(set(back)) == len(back)
+    assert log.live == sum(block is not None for block in log.log) == len(log.log) - len(back)
+    assert not set(held) & set(back), "what the worker still uses"
+    assert log.report is (reports[max(come)] if come else None)
