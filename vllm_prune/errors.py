@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import reprlib
+from typing import Any
+
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = 80
+
 
 class PruneError(ValueError):
     """A checkpoint, option or combination that vllm-prune refuses.
@@ -18,3 +24,11 @@ class PruneError(ValueError):
 
     def __reduce__(self) -> tuple[type[PruneError], tuple[str, str]]:
         return type(self), (self.problem, self.way_out)
+
+
+def shown(value: Any) -> str:
+    """A value for a message: its repr, cut to a line, whatever was sent."""
+    try:
+        return _SHOWN.repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        return f"a {type(value).__name__} too long to show"
