@@ -26,7 +26,7 @@ class PruneError(ValueError):
         return type(self), (self.problem, self.way_out)
 
 
-def shown(value: Any) -> str:
+def short(value: Any) -> str:
     """A value for a message: its repr, cut to a line, whatever was sent."""
     try:
         return _SHOWN.repr(value)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_prune.chat import Markers, Span
-from vllm_prune.errors import shown
+from vllm_prune.errors import short
 
 DEFAULT = "system,markers"
 WORDS = "system, markers, message:K, message:K-L, A:B (tokens of the prompt, B not included), none"
@@ -66,7 +66,7 @@ def join(spans: Sequence[Span]) -> tuple[Span, ...]:
 def parse_protect(value: object) -> Protect:
     """Raises ValueError with what is wrong and which words there are."""
     if not isinstance(value, str):
-        raise ValueError(f"must be text, got {shown(value)}. Words: {WORDS}.")
+        raise ValueError(f"must be text, got {short(value)}. Words: {WORDS}.")
     words = [word.strip() for word in value.split(",", MOST_WORDS)]
     if len(words) > MOST_WORDS:
         raise ValueError(f"has more than {MOST_WORDS} words.")
@@ -85,11 +85,11 @@ def parse_protect(value: object) -> Protect:
         elif match := re.fullmatch(r"(\d{1,9}):(\d{1,9})", word):
             tokens.append(_ordered(word, int(match[1]), int(match[2])))
         else:
-            raise ValueError(f"has the word {shown(word)}, which is none of: {WORDS}.")
+            raise ValueError(f"has the word {short(word)}, which is none of: {WORDS}.")
     return Protect(system, markers, tuple(messages), tuple(tokens))
 
 
 def _ordered(word: str, first: int, last: int) -> Span:
     if first > last:
-        raise ValueError(f"has {shown(word)}, which ends before it begins.")
+        raise ValueError(f"has {short(word)}, which ends before it begins.")
     return first, last

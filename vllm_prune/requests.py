@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_prune.config import MAX_STRENGTH, DropGateConfig
-from vllm_prune.errors import PruneError, shown
+from vllm_prune.errors import PruneError, short
 from vllm_prune.gates import GATES, by_token
 from vllm_prune.protect import Protect, parse_protect
 
@@ -92,7 +92,7 @@ def request_gates(
 def _flag(fields: Mapping[str, Any], field: str, meaning: str) -> bool:
     value = fields.get(field, False)
     if not isinstance(value, bool | int) or value not in (0, 1):
-        raise BadField(field, f"must be true or false, got {shown(value)}.", meaning)
+        raise BadField(field, f"must be true or false, got {short(value)}.", meaning)
     return bool(value)
 
 
@@ -115,15 +115,15 @@ def may_protect(section: DropGateConfig) -> bool:
 def _strength(fields: Mapping[str, Any], field: str, section: DropGateConfig) -> float:
     value = fields[field]
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value:  # NaN
-        raise BadField(field, f"must be a number, got {shown(value)}.", "Correct it.")
+        raise BadField(field, f"must be a number, got {short(value)}.", "Correct it.")
     if field == STRENGTH:
         if not 0.0 <= value <= MAX_STRENGTH:
             raise BadField(
-                field, f"must lie in 0..{MAX_STRENGTH:g}, got {shown(value)}.", "0 opens every gate, 1 is as trained."
+                field, f"must lie in 0..{MAX_STRENGTH:g}, got {short(value)}.", "0 opens every gate, 1 is as trained."
             )
         return float(value)
     if not 0.0 < value <= 1.0:
-        raise BadField(field, f"must lie in 0..1, above 0, got {shown(value)}.", "It is the share of keys to keep.")
+        raise BadField(field, f"must lie in 0..1, above 0, got {short(value)}.", "It is the share of keys to keep.")
     try:
         return section.strength_for(float(value))
     except PruneError as error:

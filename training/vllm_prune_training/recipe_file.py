@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from vllm_prune.errors import PruneError, shown
+from vllm_prune.errors import PruneError, short
 
 from .recipe import Recipe
 from .shadow.recipe import ShadowRecipe
@@ -107,7 +107,7 @@ def _explain(error: dict[str, Any], kind: type[BaseModel]) -> str:
     if error["type"] == "missing":
         return f"field '{field}' is missing"
     said = error["msg"].removeprefix("Value error, ")
-    got = "" if isinstance(error["input"], dict) else f", got {shown(error['input'])}"
+    got = "" if isinstance(error["input"], dict) else f", got {short(error['input'])}"
     return f"field '{field}': {said}{got}"
 
 

@@ -27,7 +27,7 @@ from vllm_prune.config import (
     server_options,
     serves_stock,
 )
-from vllm_prune.errors import PruneError, shown
+from vllm_prune.errors import PruneError, short
 from vllm_prune.gates import Reads, Reveal
 from vllm_prune.models.request_check import Served, is_check, name_check
 from vllm_prune.models.whole_prompt import need_whole_prompts
@@ -66,23 +66,25 @@ def options_of(vllm_config: VllmConfig) -> dict[str, Any]:
             raise PruneError(f"additional_config.vllm_prune.{name} is unknown.", f"Known fields: {', '.join(OPTIONS)}.")
         if OPTIONS[name] is bool and not isinstance(value, bool):
             raise PruneError(
-                f"additional_config.vllm_prune.{name} must be true or false, got {shown(value)}.", "Correct it."
+                f"additional_config.vllm_prune.{name} must be true or false, got {short(value)}.", "Correct it."
             )
         if OPTIONS[name] is str and not isinstance(value, str):
-            raise PruneError(f"additional_config.vllm_prune.{name} must be text, got {shown(value)}.", "Correct it.")
+            raise PruneError(f"additional_config.vllm_prune.{name} must be text, got {short(value)}.", "Correct it.")
         if OPTIONS[name] is float and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise PruneError(f"additional_config.vllm_prune.{name} must be a number, got {shown(value)}.", "Correct it.")
+            raise PruneError(
+                f"additional_config.vllm_prune.{name} must be a number, got {short(value)}.", "Correct it."
+            )
     strength = options.get("strength")
     if strength is not None and not 0.0 <= strength <= MAX_STRENGTH:
         raise PruneError(
-            f"additional_config.vllm_prune.strength must lie in 0..{MAX_STRENGTH:g}, got {shown(strength)}.",
+            f"additional_config.vllm_prune.strength must lie in 0..{MAX_STRENGTH:g}, got {short(strength)}.",
             "0 opens every gate, 1 is as trained.",
         )
     for name in ("keep", "floor"):
         share = options.get(name)
         if share is not None and not 0.0 < share <= 1.0:
             raise PruneError(
-                f"additional_config.vllm_prune.{name} must lie in 0..1, above 0, got {shown(share)}.",
+                f"additional_config.vllm_prune.{name} must lie in 0..1, above 0, got {short(share)}.",
                 "It is a share of the keys: 1 is all of them.",
             )
     pressure_options(options)
