@@ -173,7 +173,12 @@ def test_any_ray_serve_args(args: Any) -> None:
         assert config.place and config.served_model_name
 
 
-ENGINE = {"max_model_len": 64, "enforce_eager": True, "served_model_name": ["a"], "additional_config": {"vllm_prune": {}}}
+ENGINE = {
+    "max_model_len": 64,
+    "enforce_eager": True,
+    "served_model_name": ["a"],
+    "additional_config": {"vllm_prune": {}},
+}
 
 
 @examples(40)
@@ -196,7 +201,9 @@ def test_any_engine_options(engine: Any) -> None:
     with refused_or_fine("engine options", "args"):
         config = parse_config({"model": "m", "engine": engine})
         found = serve_arguments(config.engine)
-        assert (found.port, found.host, found.config, found.tensor_parallel_size) == (8000, None, None, 1), "given elsewhere"
+        assert (found.port, found.host, found.config, found.tensor_parallel_size) == (8000, None, None, 1), (
+            "given elsewhere"
+        )
 
 
 # Server options -----------------------------------------------------------------------------------------------------

@@ -37,7 +37,9 @@ WORDS = st.lists(
     max_size=6,
 ).map(",".join)  # fmt: skip
 VALUES = st.one_of(json_values(), WORDS, st.floats(-0.1, 1.1), st.sampled_from([0, 1, True, False]))
-ASKED = st.dictionaries(st.one_of(st.sampled_from(FIELDS), st.builds("prune.{}".format, TEXTS), TEXTS), VALUES, max_size=3)
+ASKED = st.dictionaries(
+    st.one_of(st.sampled_from(FIELDS), st.builds("prune.{}".format, TEXTS), TEXTS), VALUES, max_size=3
+)
 MARKERS = Markers((("system", (3, 4)), ("user", (3, 5))), frozenset({3}), (3, 6))
 
 
@@ -74,9 +76,9 @@ def test_many_words_hold_nobody_up(word: str) -> None:
     """The engine core finds the spans of a prompt of 100,000 tokens in 25,000 messages between two steps."""
     asked = parse_protect(",".join([word] * 1000))
     ids = [3, 5, 9, 9] * 25_000
-    begun = time.monotonic()
+    begun = time.process_time()
     asked.spans(ids, MARKERS)
-    assert time.monotonic() - begun < 2.0
+    assert time.process_time() - begun < 1.0
 
 
 @examples(200)
