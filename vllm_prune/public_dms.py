@@ -12,7 +12,6 @@ or both claims are made, the folder is refused until ``dms_format`` says it.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path

@@ -144,7 +144,7 @@ def _hf_config(base: Path, section: DropGateConfig) -> Any:
     from transformers import AutoConfig
 
     try:
-        found = AutoConfig.from_pretrained(base)
+        found = AutoConfig.from_pretrained(base, trust_remote_code=False)
         for name in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
             getattr(found, name)
     except (ValueError, OSError, KeyError, AttributeError) as error:
@@ -217,7 +217,7 @@ def _gates_of_file(path: Path, options: ExportOptions) -> _Gates:
         raise PruneError(f"{path} does not say what its gates are.", "Give --method and --params, or the gated folder.")
     from transformers import AutoConfig
 
-    base = AutoConfig.from_pretrained(options.base)
+    base = AutoConfig.from_pretrained(options.base, trust_remote_code=False)
     heads = getattr(base, "num_key_value_heads", None) or base.num_attention_heads
     raw = {"method": method, "params": dict(options.params), "num_layers": base.num_hidden_layers,
            "num_kv_heads": heads, "hidden_size": base.hidden_size}  # fmt: skip
@@ -288,7 +288,7 @@ def _prove(folder: Path) -> None:
     """What the server will check, before anybody sees the folder."""
     from transformers import AutoConfig
 
-    found = parse_drop_gate(AutoConfig.from_pretrained(folder))
+    found = parse_drop_gate(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     load_gates(str(folder / GATE_FILE), found)
     check_calibration(str(folder / GATE_FILE), found)
 

@@ -361,10 +361,12 @@ def load_gated(folder: str | Path, dtype: str | torch.dtype = "auto", strength: 
         dtype: of the base weights; ``auto`` is the checkpoint's.
         strength: replaces the checkpoint's strength.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     recognise(config, str(folder))
     section = parse_drop_gate(config, strength)
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True
+    )
     states = read_gates(str(folder), section)
     wanted = torch.float32 if section.dtype == "float32" else model.dtype
     gates = []

@@ -15,7 +15,6 @@ from vllm_prune.errors import PruneError, short
 from .recipe import Recipe
 from .shadow.recipe import ShadowRecipe
 
-
 MOST_VALUES = 10_000
 """Of a recipe, once its aliases are written out: a few lines of them can stand for any number of values."""
 MOST_FAULTS = 20

@@ -65,8 +65,10 @@ def run(recipe: ShadowRecipe, resume: bool = True) -> Outcome:
     if limit is not None and longest > limit:
         raise PruneError(f"shadow.prompt and continuation have {longest} tokens, the model has {limit} positions.",
                          "Lower them.")  # fmt: skip
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model)
-    model = AutoModelForCausalLM.from_pretrained(recipe.model, config=config, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        recipe.model, config=config, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+    )
     model.eval().requires_grad_(False)
     places(model)
     if recipe.shadow.neuron_criterion == "weight" and not all(into_neurons(model)):
