@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -48,18 +49,45 @@ def test_any_damage_to_an_example(data: st.DataObject) -> None:
         assert recipe.work_folder and "\0" not in recipe.work_folder + str(recipe.output)
 
 
-BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))  # fmt: skip
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise("abcdefghi")
+)
 TRAPS = {
-    "list as key": "? [a, b]\n: 1\n", "object as key": "? {a: b}\n: 1\n", "no date": "work: 2024-99-99\n", "no time": "work: 2024-01-01 99:99:99\n",
-    "hex of nothing": "work: 0x_\n", "octal": "work: 09\n", "no integer": "work: !!int foo\n", "no float": "work: !!float foo\n",
-    "no bool": "work: !!bool foo\n", "no timestamp": "work: !!timestamp foo\n", "python": "work: !!python/object/apply:os.system [true]\n",
-    "python name": "work: !!python/name:os.system\n", "deep": "[" * 1000, "deep blocks": "".join(f"{' ' * i}- \n" for i in range(2000)),
-    "digits": f"work: {'9' * 5000}\n", "binary": "work: !!binary é\n", "bomb": BOMB, "bomb in model": BOMB + "model: *i\noutput: *i\ngate: *i\n",
-    "recursive": "model: &a [*a]\n", "recursive object": "gate: &a {method: *a}\nmodel: m\n", "merge": "a: &a {x: 1}\nb: {<<: *a}\n",
-    "merge of nothing": "b: {<<: 3}\n", "value": "=: 1\n", "null byte": 'model: "a\\0b"\n', "surrogate": 'model: "\\ud800"\n', "tab": "a:\n\t- b\n",
-    "two documents": "a: 1\n---\nb: 2\n", "alias of nothing": "a: *b\n", "set": "model: !!set {a, b}\n", "pairs": "model: !!pairs [a: b]\n",
-    "omap": "model: !!omap [a: b]\n", "sexagesimal": "work: 1:99:99\n", "long key": f"{'k' * 5000}: 1\n", "many": "".join(f"k{i}: 1\n" for i in range(3000)),
-}  # fmt: skip
+    "list as key": "? [a, b]\n: 1\n",
+    "object as key": "? {a: b}\n: 1\n",
+    "no date": "work: 2024-99-99\n",
+    "no time": "work: 2024-01-01 99:99:99\n",
+    "hex of nothing": "work: 0x_\n",
+    "octal": "work: 09\n",
+    "no integer": "work: !!int foo\n",
+    "no float": "work: !!float foo\n",
+    "no bool": "work: !!bool foo\n",
+    "no timestamp": "work: !!timestamp foo\n",
+    "python": "work: !!python/object/apply:os.system [true]\n",
+    "python name": "work: !!python/name:os.system\n",
+    "deep": "[" * 1000,
+    "deep blocks": "".join(f"{' ' * i}- \n" for i in range(2000)),
+    "digits": f"work: {'9' * 5000}\n",
+    "binary": "work: !!binary é\n",
+    "bomb": BOMB,
+    "bomb in model": BOMB + "model: *i\noutput: *i\ngate: *i\n",
+    "recursive": "model: &a [*a]\n",
+    "recursive object": "gate: &a {method: *a}\nmodel: m\n",
+    "merge": "a: &a {x: 1}\nb: {<<: *a}\n",
+    "merge of nothing": "b: {<<: 3}\n",
+    "value": "=: 1\n",
+    "null byte": 'model: "a\\0b"\n',
+    "surrogate": 'model: "\\ud800"\n',
+    "tab": "a:\n\t- b\n",
+    "two documents": "a: 1\n---\nb: 2\n",
+    "alias of nothing": "a: *b\n",
+    "set": "model: !!set {a, b}\n",
+    "pairs": "model: !!pairs [a: b]\n",
+    "omap": "model: !!omap [a: b]\n",
+    "sexagesimal": "work: 1:99:99\n",
+    "long key": f"{'k' * 5000}: 1\n",
+    "many": "".join(f"k{i}: 1\n" for i in range(3000)),
+}
 
 
 @pytest.mark.parametrize("case", TRAPS)
@@ -74,8 +102,9 @@ def test_traps_of_yaml(case: str, tmp_path: Path) -> None:
 
 BITS = st.one_of(
     st.text(max_size=6),
-    st.sampled_from(["model", "gate", ": ", "- ", "[", "]", "{", "}", "&a ", "*a", "!!int ", "!", "? ", "\n", "  ", "'", '"', "|", ">",
-                     "0x", "2024-01-01", "1e5", "<<", "#", "%YAML 9.9", "---", "...", "\0", "\ufeff", ",", "null", "~", "\t"]),
+    st.sampled_from(["model", "gate", ": ", "- ", "[", "]", "{", "}", "&a ", "*a", "!!int ", "!", "? ", "\n", "  ", "'", '"',
+                     "|", ">", "0x", "2024-01-01", "1e5", "<<", "#",
+                     "%YAML 9.9", "---", "...", "\0", "\ufeff", ",", "null", "~", "\t"]),
 )  # fmt: skip
 SOUP = st.lists(BITS, max_size=30).map("".join)
 
