@@ -49,10 +49,10 @@ def ask(url: str, body: dict[str, Any], api_key: str | None = None, timeout: flo
     try:
         request = urllib.request.Request(base + PATH, json.dumps(body).encode(), headers)
         with urllib.request.build_opener(_Stay).open(request, timeout=timeout) as response:
-            body = response.read(MOST_BYTES + 1)
-        if len(body) > MOST_BYTES:
+            raw = response.read(MOST_BYTES + 1)
+        if len(raw) > MOST_BYTES:
             raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
-        answer = parse(body)
+        answer = parse(raw)
     except urllib.error.HTTPError as error:
         said = _message(error)
         if error.code == 404 and said == "Not Found":
