@@ -15,8 +15,10 @@ SOURCES = sorted(path for part in ("vllm_prune", "kernels", "training") for path
 MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "code", "runpy"}
 """Whose loaders, or all of which, run what they read."""
 NAMES = {"eval", "exec", "compile", "__import__"}
-CALLS = {"os.system", "os.popen", "torch.hub.load", "torch.jit.load", "yaml.unsafe_load", "yaml.full_load", "yaml.load", "yaml.load_all",
-         "load_dataset", "datasets.load_dataset"}  # fmt: skip
+CALLS = {
+    "os.system", "os.popen", "torch.hub.load", "torch.jit.load", "yaml.unsafe_load", "yaml.full_load", "yaml.load",
+    "yaml.load_all", "load_dataset", "datasets.load_dataset",
+}  # fmt: skip
 EXCEPTIONS = {("training/vllm_prune_training/recipe_file.py", "yaml.load"): "its loader is a SafeLoader, see below"}
 AUTO = {"from_pretrained", "from_config"}
 
