@@ -6,8 +6,8 @@ a ``drop_gate`` section and ``drop_gate.safetensors``. Read in the front end (to
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import torch
@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from vllm_prune.calibration import Calibration, gates_digest
 from vllm_prune.errors import PruneError, short
 from vllm_prune.gates import GATES, Gate, GateShape, Protection, Reads
+from vllm_prune.json_text import parse_object
 
 SECTION = "drop_gate"
 GATE_FILE = "drop_gate.safetensors"
@@ -335,6 +336,9 @@ def gate_states(
 
 
 def read_config_json(model_dir: str) -> dict[str, Any]:
-    """config.json of a local folder, for tools outside vLLM."""
-    with open(f"{model_dir}/config.json", encoding="utf-8") as file:
-        return json.load(file)
+    """config.json of a local folder, for tools outside vLLM. Raises PruneError when it cannot be read."""
+    path = Path(model_dir) / "config.json"
+    try:
+        return parse_object(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise PruneError(f"{path} cannot be read: {error}.", "Name a local Hugging Face model folder.") from None

@@ -28,6 +28,7 @@ from vllm_prune.gates.borrowed import borrow
 from vllm_prune.gates.ftp import share_router
 
 from .boundary_recipe import BOUNDARY_METHODS
+from .export_files import load_model
 from .families import attention_modules, check_config, gate_shape, probe, same_attention, without_dropout
 from .masked import GatedModel
 from .objectives import TrainedModel
@@ -115,9 +116,7 @@ def make_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedM
         gate_section(recipe, config)
     torch.manual_seed(recipe.training.seed)
     if new is None:
-        model = AutoModelForCausalLM.from_pretrained(
-            recipe.model, config=config, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-        )
+        model = load_model(recipe.model, config, torch.float32)
     else:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         model.generation_config = GenerationConfig(
@@ -188,9 +187,7 @@ def make_teacher(recipe: Recipe) -> PreTrainedModel | None:
         raise PruneError("a new model has nothing to teach: objective has a KL loss.", "Name a teacher folder.")
     config = base_config(folder)
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
-    teacher = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True
-    )
+    teacher = load_model(folder, config, dtype)
     return teacher.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
