@@ -43,6 +43,7 @@ NINES, DEEP = b"9" * 5000, b"[" * 5000 + b"]" * 5000
 RAW = {
     "digits of a strength": b'{"prompt": "x", "strength": ' + NINES + b"}",
     "digits of max_tokens": b'{"prompt": "x", "max_tokens": ' + NINES + b"}",
+    "tokens beyond 64 bits": b'{"prompt": "x", "max_tokens": 18446744073709551616}',
     "nan": b'{"prompt": "x", "strength": NaN}',
     "infinity": b'{"prompt": "x", "strength": -Infinity}',
     "nothing": b"",

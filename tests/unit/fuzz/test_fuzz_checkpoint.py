@@ -14,7 +14,7 @@ from fuzz import TEXTS, damaged, deep, examples, refused_or_fine
 from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save
-from sections import BASE, SIZES, sections, sized, valid
+from sections import BASE, SIZES, TABLE, sections, sized, valid
 
 from vllm_prune.config import (
     SECTION,
@@ -45,6 +45,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @example(sized(method="x" * 10**6), None, None)
 @example(sized(**{"y" * 10**6: 1}), None, None)
 @example({**valid("dcp"), "strength": 10**400}, 1.0, None)
+@example(
+    {**valid("dcp"), "calibration": {**TABLE, "rows": [*TABLE["rows"][:3], {**TABLE["rows"][3], "kept": 0.0}]}},
+    4.0,
+    None,
+)
 @example({**valid("dcp"), "strength": None}, None, 0.5)
 def test_any_section(section: Any, strength: float | None, keep: float | None) -> None:
     """Whatever is let through builds gates of every layer and has numbers that admission can plan with."""
