@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fuzz import NUMBERS, TEXTS, deep, examples, json_values, refused_or_fine
+from fuzz import NUMBERS, TEXTS, damaged, deep, examples, json_values, refused_or_fine
 from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save
 from sections import BASE, METHODS, SIZES, valid
+from vllm_prune_training.export import ExportOptions, _gates_of_file
 
 from vllm_prune.config import (
     GATE_FILE,
@@ -297,3 +298,17 @@ def test_metadata_that_is_none(kind: str, name: str, folder: Path) -> None:
         put(path, kind)
     with refused_or_fine("dms", METADATA):
         public_section(SimpleNamespace(model_type="qwen3", **DMS, **BASE), str(inner))
+
+
+@examples(100)
+@given(st.one_of(damaged(valid("dcp"), TEXTS), TEXTS, st.sampled_from(["[" * 100_000, "[]", "7", "{", "null"])))
+def test_any_description_in_a_gate_file(described: Any) -> None:
+    """What ``vllm-prune export`` reads of a gate file that comes without its folder."""
+    text = described if isinstance(described, str) else json.dumps({**described, "calibration": None})
+    header, data = split(FILES["dcp"])
+    header["__metadata__"] = {"format": "pt", "drop_gate": text}
+    path = Path(os.environ["FUZZ_FOLDER"]) / GATE_FILE
+    path.write_bytes(join(header, data))
+    with refused_or_fine("drop_gate", GATE_FILE):
+        found = _gates_of_file(path, ExportOptions(path.parent, path.parent / "out"))
+        assert found.section == DropGateConfig.model_validate(json.loads(text))
