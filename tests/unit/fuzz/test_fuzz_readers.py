@@ -99,8 +99,8 @@ RAW: dict[str, bytes] = {
 
 
 @contextmanager
-def saying(raw: bytes) -> Iterator[str]:
-    """A server whose every answer is these bytes."""
+def saying(raw: bytes, heard: list[str] | None = None) -> Iterator[str]:
+    """A server whose every answer is these bytes. ``heard``: gets a line for each request."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -112,6 +112,11 @@ def saying(raw: bytes) -> Iterator[str]:
 
         def log_message(self, *args: Any) -> None:
             return
+
+        def parse_request(self) -> bool:
+            if heard is not None:
+                heard.append(str(self.raw_requestline))
+            return super().parse_request()
 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -147,6 +152,20 @@ def test_urls_that_are_none(url: str, tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text("x")
     with pytest.raises(PruneError, match=r"URL|answer"):
         draw(url, tmp_path / "prompt.txt", tmp_path / "map.html", {})
+
+
+def test_prompt_and_key_stay_with_the_server_that_was_asked(tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("x")
+    heard: list[str] = []
+    answer = b"HTTP/1.1 200 OK\r\n\r\n" + json.dumps(GOOD).encode()
+    with saying(answer, heard) as elsewhere:
+        for status in (301, 302, 303, 307, 308):
+            raw = f"HTTP/1.1 {status} Moved\r\nLocation: {elsewhere}/v1/prune/map\r\n\r\n".encode()
+            with saying(raw) as url, pytest.raises(PruneError, match=f"HTTP {status}"):
+                draw(url, tmp_path / "prompt.txt", tmp_path / "map.html", {}, "key")
+        assert heard == []
+        draw(elsewhere, tmp_path / "prompt.txt", tmp_path / "map.html", {}, "key")
+        assert len(heard) == 1, "the control"
 
 
 def test_a_server_that_never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
