@@ -6,13 +6,12 @@ Read twice with the same result: in the front end, where a bad value gets its re
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_prune.config import MAX_STRENGTH, DropGateConfig
-from vllm_prune.errors import PruneError
+from vllm_prune.errors import PruneError, short
 from vllm_prune.gates import GATES, by_token
 from vllm_prune.protect import Protect, parse_protect
 
@@ -99,7 +98,7 @@ def request_gates(
 def _flag(fields: Mapping[str, Any], field: str, meaning: str) -> bool:
     value = fields.get(field, False)
     if not isinstance(value, bool | int) or value not in (0, 1):
-        raise BadField(field, f"must be true or false, got {value!r}.", meaning)
+        raise BadField(field, f"must be true or false, got {short(value)}.", meaning)
     return bool(value)
 
 
@@ -121,16 +120,16 @@ def may_protect(section: DropGateConfig) -> bool:
 
 def _strength(fields: Mapping[str, Any], field: str, section: DropGateConfig, tokens: int | None) -> float:
     value = fields[field]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise BadField(field, f"must be a number, got {value!r}.", "Correct it.")
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:  # NaN
+        raise BadField(field, f"must be a number, got {short(value)}.", "Correct it.")
     if field == STRENGTH:
         if not 0.0 <= value <= MAX_STRENGTH:
             raise BadField(
-                field, f"must lie in 0..{MAX_STRENGTH:g}, got {value:g}.", "0 opens every gate, 1 is as trained."
+                field, f"must lie in 0..{MAX_STRENGTH:g}, got {short(value)}.", "0 opens every gate, 1 is as trained."
             )
         return float(value)
     if not 0.0 < value <= 1.0:
-        raise BadField(field, f"must lie in 0..1, above 0, got {value:g}.", "It is the share of keys to keep.")
+        raise BadField(field, f"must lie in 0..1, above 0, got {short(value)}.", "It is the share of keys to keep.")
     try:
         return section.strength_for(float(value), tokens)
     except PruneError as error:

@@ -112,7 +112,7 @@ def open_checkpoint(folder: Path) -> tuple[GatedModel, Any]:
     if not (folder / "config.json").is_file():
         raise PruneError(f"{folder} is no model folder: it has no config.json.", "Name a gated checkpoint's folder.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise PruneError(f"{folder} has no tokenizer that loads: {error}.", "Copy the base's into it.") from None
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what is made of a folder without tokenizer files

@@ -74,7 +74,7 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise PruneError(f"the tokenizer of {folder} cannot be loaded: {error}.", "Copy it into the folder.") from None
 
@@ -87,7 +87,7 @@ def jobs(options: DemoOptions, folder: Path, prompt: list[int]) -> tuple[Job, Jo
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     wanted, most = options.prompt_tokens + options.new_tokens, config.max_position_embeddings
     if wanted > most:
         raise PruneError(

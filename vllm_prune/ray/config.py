@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,14 +53,14 @@ class RayServeConfig(BaseModel):
         drain_s: what a replica that is scaled away may take to end its requests.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: str = Field(min_length=1)
     engine: dict[str, Any] = Field(default_factory=dict)
     tensor_parallel_size: int = Field(1, ge=1)
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(0, ge=0)
-    target_ongoing_requests: float = Field(32.0, gt=0.0, allow_inf_nan=False)
+    target_ongoing_requests: float = Field(32.0, gt=0.0)
     target_free_kv: float = Field(0.1, ge=0.0, lt=1.0)
     upscale_delay_s: float = Field(10.0, ge=0.0)
     downscale_delay_s: float = Field(300.0, ge=0.0)
@@ -113,7 +114,7 @@ class RayServeConfig(BaseModel):
     @property
     def place(self) -> str:
         """The model for vLLM: an absolute path where there is such a folder, since replicas run elsewhere."""
-        return str(Path(self.model).resolve()) if Path(self.model).is_dir() else self.model
+        return str(Path(self.model).resolve()) if os.path.isdir(self.model) else self.model
 
 
 def parse_config(args: dict[str, Any]) -> RayServeConfig:

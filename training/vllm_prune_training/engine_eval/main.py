@@ -145,7 +145,7 @@ def run_eval(options: EvalOptions, console: Console) -> dict[str, Any]:
 
     check_names(options.tasks)
     folder = find_model(options.model)
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     section = parse_drop_gate(config, options.strength, options.keep)
     positions = config.max_position_embeddings
     lengths = choose_lengths(options.lengths, positions)
