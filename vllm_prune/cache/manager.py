@@ -60,6 +60,8 @@ class PruneManager(SingleTypeKVCacheManager):
         if apply_admission_cap and (grants is None or grants.report is None):
             # Admission asks for the whole prompt at once: plan for its peak, thinned out as the checkpoint promises.
             planned = self.kv_cache_spec.peak_blocks(num_tokens, self.expected_keep.get(request_id))
+            # One that is planned larger than the pool is tried alone, lest it and all behind it wait for ever.
+            planned = min(planned, self.block_pool.num_gpu_blocks - 1)
             return planned - (grants.live if grants else 0)
         if grants is None:
             return self.geometry.blocks_for(num_tokens)
