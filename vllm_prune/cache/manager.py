@@ -38,6 +38,7 @@ class PruneManager(SingleTypeKVCacheManager):
         self.starting: dict[str, Snapshot] = {}
         """What waiting requests will start from, as found when they were last looked at."""
         self._epochs = count(1)
+        self._short: str | None = None
         self.tally = Tally(self.geometry, kv_cache_spec.eviction_units, kv_cache_spec.ranks)
 
     def get_num_blocks_to_allocate(
@@ -52,6 +53,8 @@ class PruneManager(SingleTypeKVCacheManager):
         prefill_end: int = 0,
     ) -> int:
         grants = self.grants.get(request_id)
+        if grants is None and self._short is not None:
+            return self.block_pool.num_gpu_blocks  # nobody is let in before the one who is short
         if grants is None and total_computed_tokens > 0:
             most = None
             if apply_admission_cap:
@@ -65,7 +68,19 @@ class PruneManager(SingleTypeKVCacheManager):
             return planned - (grants.live if grants else 0)
         if grants is None:
             return self.geometry.blocks_for(num_tokens)
-        return max(grants.needed(self.geometry, num_tokens) - grants.live, 0)
+        more = max(grants.needed(self.geometry, num_tokens) - grants.live, 0)
+        if more > self.block_pool.get_num_free_blocks():
+            self._short = request_id
+        return more
+
+    def new_step_starts(self) -> None:
+        self._short = None
+
+    def waits_for_report(self) -> bool:
+        """Whether the running request that has just been short of blocks may be given fewer, or more be free, once its
+        worker's report is here."""
+        grants = self.grants.get(self._short or "")
+        return grants is not None and grants.awaits_report
 
     def blocks_to_start(self, snapshot: Snapshot, num_tokens: int, most: int | None = None) -> int:
         """Free blocks that a request of ``num_tokens`` tokens takes to start from a snapshot: its own (``most``, where that many
