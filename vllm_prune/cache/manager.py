@@ -15,6 +15,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 
 from vllm_prune.cache.grants import GrantLog, LaneReport
+from vllm_prune.cache.promise import Promise
 from vllm_prune.cache.snapshots import Snapshot, Snapshots
 from vllm_prune.cache.spec import PruneSpec
 from vllm_prune.metrics import Tally
@@ -34,6 +35,7 @@ class PruneManager(SingleTypeKVCacheManager):
         self.grants: dict[str, GrantLog] = {}
         self.expected_keep: dict[str, float] = {}
         """Kept fraction that a request of its own strength is planned with; the spec's for all others."""
+        self.promise = Promise(kv_cache_spec.chunk_tokens)
         self.snapshots: Snapshots | None = None
         self.starting: dict[str, Snapshot] = {}
         """What waiting requests will start from, as found when they were last looked at."""
@@ -56,15 +58,12 @@ class PruneManager(SingleTypeKVCacheManager):
         if grants is None and self._short is not None:
             return self.block_pool.num_gpu_blocks  # nobody is let in before the one who is short
         if grants is None and total_computed_tokens > 0:
-            most = None
-            if apply_admission_cap:
-                most = self.kv_cache_spec.peak_blocks(num_tokens, self.expected_keep.get(request_id))
+            most = self._planned(request_id, num_tokens) if apply_admission_cap else None
             return self.blocks_to_start(self.starting[request_id], num_tokens, most)
         if apply_admission_cap and (grants is None or grants.report is None):
-            # Admission asks for the whole prompt at once: plan for its peak, thinned out as the checkpoint promises.
-            planned = self.kv_cache_spec.peak_blocks(num_tokens, self.expected_keep.get(request_id))
+            # Admission asks for the whole prompt at once: plan for its peak, thinned out as requests of late have been.
             # One that is planned larger than the pool is tried alone, lest it and all behind it wait for ever.
-            planned = min(planned, self.block_pool.num_gpu_blocks - 1)
+            planned = min(self._planned(request_id, num_tokens), self.block_pool.num_gpu_blocks - 1)
             return planned - (grants.live if grants else 0)
         if grants is None:
             return self.geometry.blocks_for(num_tokens)
@@ -130,6 +129,7 @@ class PruneManager(SingleTypeKVCacheManager):
         back = grants.accept(report)
         if grants.report is report:
             self.tally.report(before, report, len(back))
+            self.promise.learn(report, self._promised(request_id))
         if back:
             row = self.req_to_blocks[request_id]
             for index, block in enumerate(grants.log):
@@ -138,11 +138,17 @@ class PruneManager(SingleTypeKVCacheManager):
             self.block_pool.free_blocks(back)
         return len(back)
 
+    def _planned(self, request_id: str, num_tokens: int) -> int:
+        return self.kv_cache_spec.peak_blocks(num_tokens, self.promise.planned(self._promised(request_id)))
+
+    def _promised(self, request_id: str) -> float:
+        return self.expected_keep.get(request_id, self.kv_cache_spec.expected_keep)
+
     def over_plan(self) -> bool:
         """Whether a running request holds more than admission planned for all of its tokens so far."""
         return any(
             grants.report is not None
-            and grants.live > self.kv_cache_spec.peak_blocks(grants.report.covered, self.expected_keep.get(request_id))
+            and grants.live > self.kv_cache_spec.peak_blocks(grants.report.covered, self._promised(request_id))
             for request_id, grants in self.grants.items()
         )
 
