@@ -45,56 +45,75 @@ def trace(count: int, kept: Callable[[random.Random], float], seed: int = 0) -> 
 
 @dataclass
 class Life:
-    """What the counting worker knows of a request: its epoch, its grants in log order (False: given up)."""
+    """What the counting worker knows of a request: its epoch, its first block, its grants in log order (False: given up)."""
 
     epoch: int
+    first_block: int
     grants: list[bool] = field(default_factory=list)
 
 
 class CountingWorker:
-    """Reports as ``LaneStore`` would if each lane kept the same share of its request's tokens. ``kept``: by request."""
+    """Reports as ``LaneStore`` would if each lane kept the same share of its request's tokens.
 
-    def __init__(self, geometry: Any, kept: dict[str, float]) -> None:
-        self.geometry, self.kept = geometry, kept
+    Args:
+        spec: of the layers; blocks: of the pool.
+        kept: share of its keys that each request keeps, by id.
+
+    Attributes:
+        begun: lives so far; doomed: first blocks of requests that can never go on, of the last step.
+    """
+
+    def __init__(self, spec: Any, blocks: int, kept: dict[str, float]) -> None:
+        self.spec, self.blocks, self.kept = spec, blocks, kept
+        self.max_tokens, self.chunk_tokens = MAX_LEN, CHUNK
         self.lives: dict[str, Life] = {}
+        self.begun = 0
+        self.doomed: set[int] = set()
 
     def step(self, meta: Any) -> Any:
         """The worker's part of a step: what it reports.
 
         Raises:
-            RuntimeError: a request was granted less than it may need, or more tokens than the pages hold.
+            RuntimeError: a request was granted less than it may need.
         """
-        from vllm_prune.cache.grants import LaneReport
+        from vllm_prune.attention.step_state import StepState
         from vllm_prune.connector import PruneReports
 
-        g = self.geometry
         for name in meta.ended:
             self.lives.pop(name, None)
-        reports = {}
+        reports, self.doomed = {}, set()
         for name, grant in meta.grants.items():
             life = self.lives.get(name)
             if life is None or life.epoch != grant.epoch:
-                life = self.lives[name] = Life(grant.epoch)
+                life = self.lives[name] = Life(grant.epoch, grant.new_blocks[0])
+                self.begun += 1
             life.grants += [True] * len(grant.new_blocks)
-            before = self.tokens_held(name, grant.covered - grant.tokens)
-            if g.pages_for(before + grant.tokens) > sum(life.grants) * g.pages_per_block:
-                raise RuntimeError(f"{name} may need more pages than it was granted")
-            held = self.tokens_held(name, grant.covered)
-            pages = [g.pages_for(held + more) for more in range(3)]
-            live = [i for i, here in enumerate(life.grants) if here]
-            blocks = max(g.blocks_for_pages(pages[0]), 1)
-            for i in live[blocks:]:
-                life.grants[i] = False
-            keep = live[blocks - 1] + 1 if len(live) > blocks else len(life.grants)
-            seen = g.num_layers * held
-            reports[name] = [
-                LaneReport(grant.epoch, grant.covered, tuple(pages), keep, len(life.grants),
-                           dropped=g.num_layers * grant.covered - seen, held=seen, peak_pages=pages[0])
-            ]  # fmt: skip
+            report = self._report(name, life, grant)
+            if StepState.doomed(self, name, grant, report, self.blocks):  # type: ignore[arg-type]
+                self.doomed.add(life.first_block)
+            reports[name] = [report]
         return PruneReports(reports) if reports else None
 
-    def tokens_held(self, name: str, covered: int) -> int:
-        return round(self.kept[name] * covered)
+    def _report(self, name: str, life: Life, grant: Any) -> Any:
+        from vllm_prune.cache.grants import LaneReport
+
+        g, (before, held) = self.spec.geometry, (
+            round(self.kept[name] * tokens) for tokens in (grant.covered - grant.tokens, grant.covered)
+        )  # fmt: skip
+        if g.pages_for(before + grant.tokens) > sum(life.grants) * g.pages_per_block:
+            raise RuntimeError(f"{name} may need more pages than it was granted")
+        pages = [g.pages_for(held + more) for more in range(3)]
+        ahead = grant.in_flight
+        need = pages[ahead] if ahead < 3 else pages[0] + g.pages_for(ahead)
+        live = [i for i, here in enumerate(life.grants) if here]
+        blocks = max(g.blocks_for_pages(need), 1)
+        for i in live[blocks:]:
+            life.grants[i] = False
+        keep = live[blocks - 1] + 1 if len(live) > blocks else len(life.grants)
+        return LaneReport(
+            grant.epoch, grant.covered, tuple(pages), keep, len(life.grants),
+            dropped=g.num_layers * (grant.covered - held), held=g.num_layers * held, peak_pages=pages[0],
+        )  # fmt: skip
 
 
 @dataclass
@@ -149,7 +168,8 @@ def run(scheduler: Any, arrivals: list[Arrival], worker: CountingWorker | None, 
             known[name] += len(tokens)
         told = None
         if worker is not None:
-            told = KVConnectorOutput(kv_connector_worker_meta=worker.step(step.kv_connector_metadata))
+            meta = worker.step(step.kv_connector_metadata)
+            told = KVConnectorOutput(kv_connector_worker_meta=meta, invalid_block_ids=worker.doomed)
         names = list(step.num_scheduled_tokens)
         index = {name: i for i, name in enumerate(names)}
         answer = scheduler.update_from_output(step, ModelRunnerOutput(names, index, sampled, kv_connector_output=told))
@@ -172,8 +192,9 @@ def _named(arrivals: list[Arrival]) -> Iterator[tuple[str, Arrival]]:
     return ((f"r{i}", arrival) for i, arrival in enumerate(arrivals))
 
 
-def schedulers(folder: Path, blocks: int, gated: bool) -> tuple[Any, Any]:
-    """vLLM's scheduler over a pool of ``blocks`` blocks, and the spec of its layers: the plugin's or stock's."""
+def schedulers(folder: Path, blocks: int, gated: bool, late: bool = False) -> tuple[Any, Any]:
+    """vLLM's scheduler over a pool of ``blocks`` blocks, and the spec of its layers: the plugin's or stock's. ``late``: its
+    asynchronous one."""
     import torch
     from scheduling import cache_of, configuration, scheduler, write_model
     from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -186,6 +207,7 @@ def schedulers(folder: Path, blocks: int, gated: bool) -> tuple[Any, Any]:
     section = {"params": {"rank": RANK}, "expected_keep": EXPECTED}
     write_model(folder, LAYERS, 2 * KV_HEADS, KV_HEADS, HEAD_DIM, gates, section)
     config = configuration(folder, MAX_LEN, max_num_seqs=SEQS, max_num_batched_tokens=CHUNK)
+    config.scheduler_config.async_scheduling = late  # on CPU vLLM switches it off
     sizes: dict[str, Any] = {"block_size": 32, "num_kv_heads": KV_HEADS, "head_size": HEAD_DIM, "dtype": torch.float32}
     spec: Any = FullAttentionSpec(**sizes)
     if gated:
@@ -201,7 +223,7 @@ def outcome(arrivals: list[Arrival], blocks: int, gated: bool) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         made, spec = schedulers(Path(folder), blocks, gated)
         kept = {name: arrival.kept for name, arrival in _named(arrivals)}
-        worker = CountingWorker(spec.geometry, kept) if gated else None
+        worker = CountingWorker(spec, blocks, kept) if gated else None
         return run(made, arrivals, worker, most=200 * len(arrivals))
 
 
