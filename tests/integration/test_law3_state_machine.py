@@ -312,3 +312,4 @@ def test_histories_were_worth_it():
     ):  # fmt: skip
         assert SEEN[event] > 2, f"{event}: {SEEN}"
     assert SEEN["steps"] > 4000, SEEN
+    print(dict(SEEN))
