@@ -20,7 +20,7 @@ test: $(STAMP)
 
 # Law 3 with fresh seeds, twenty times as many histories.
 nightly: $(STAMP)
-	VLLM_PRUNE_FULL=1 $(BIN)/python -m pytest -n $(WORKERS) --timeout 0 -rP tests/integration/test_law3_state_machine.py
+	VLLM_PRUNE_FULL=1 $(BIN)/python -m pytest --timeout 0 -rP tests/integration/test_law3_state_machine.py
 
 # Small faults in vllm_prune/cache that tests must notice (docs/mutation.md): hours. ARGS="--sample 20" for minutes.
 mutation: $(STAMP)
