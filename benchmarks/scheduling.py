@@ -6,7 +6,7 @@ For what is about scheduling alone: no weights are made and no worker is started
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from transformers import AutoConfig
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec
 from vllm.v1.request import Request
@@ -59,10 +61,18 @@ def scheduler(config: VllmConfig, cache: KVCacheConfig) -> Scheduler:
     return kind(config, cache, StructuredOutputManager(config), block_size=config.cache_config.block_size)  # type: ignore
 
 
-def request(name: str, prompt: int, max_tokens: int, stop: Sequence[int] = (), **asked: Any) -> Request:
-    """Of so many tokens. ``asked``: its fields ``prune.*``; ``stop``: token ids that end it."""
+def block_hasher(config: VllmConfig) -> Callable[[Request], list[Any]]:
+    """What an engine of this configuration hashes its requests' blocks with, for prefix caching."""
+    function = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
+    init_none_hash(function)
+    return get_request_block_hasher(config.cache_config.block_size, function)
+
+
+def request(name: str, prompt: Sequence[int], max_tokens: int, stop: Sequence[int] = (),
+            hasher: Callable[[Request], list[Any]] | None = None, **asked: Any) -> Request:  # fmt: skip
+    """Of the prompt's token ids. ``asked``: its fields ``prune.*``; ``stop``: token ids that end it; ``hasher``: see above."""
     params = SamplingParams(
         temperature=0, max_tokens=max_tokens, stop_token_ids=list(stop), detokenize=False,
         extra_args={f"prune.{field}": value for field, value in asked.items()} or None,
     )  # fmt: skip
-    return Request(name, [3] * prompt, params, None)
+    return Request(name, list(prompt), params, None, block_hasher=hasher)

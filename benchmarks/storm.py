@@ -157,7 +157,7 @@ def run(scheduler: Any, arrivals: list[Arrival], worker: CountingWorker | None, 
             name, arrival = next(left, ("", None))
             waiting = arrival is not None
             if arrival is not None:
-                scheduler.add_request(request(name, arrival.prompt, arrival.answer))
+                scheduler.add_request(request(name, [3] * arrival.prompt, arrival.answer))
                 known[name] = arrival.prompt
         step = scheduler.schedule()
         starts = {new.req_id: new.num_computed_tokens for new in step.scheduled_new_reqs}

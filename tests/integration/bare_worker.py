@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from brute_force import EARLY, PER_HEAD, RANK, ROUTED, SEEN, BruteForce, D, G, H, L, Life, N
+from brute_force import EARLY, PER_HEAD, RANK, ROUTED, SEEN, BruteForce, D, G, H, L, Life, N, mix
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
@@ -35,9 +35,10 @@ STOP = 7
 """Token that ends a request."""
 
 
-def sampled_at(seed: int, position: int) -> int:
-    """A function of the content alone: computed again, it is the same."""
-    return STOP if hash((seed, position)) % 40 == 0 else 3 + position % 4
+def token_at(seed: int, position: int) -> int:
+    """Of a prompt or an answer: a function of the content alone. Computed again it is the same."""
+    drawn = mix(seed ^ mix(position + 1))
+    return STOP if drawn % 40 == 0 else 8 + drawn % 400
 
 
 class BareWorker(BruteForce):
@@ -50,7 +51,7 @@ class BareWorker(BruteForce):
         pool: blocks.
 
     Attributes:
-        lives: requests that it knows of, by id; seeds: of their contents, told by whoever makes them.
+        lives: requests and snapshots that it knows of, by id; seeds: of their contents, told by whoever makes them.
         state: what the plugin holds on a worker.
     """
 
@@ -99,7 +100,7 @@ class BareWorker(BruteForce):
         kv_transfer_state._KV_CONNECTOR_AGENT = self.connector
         meta: Any = step.kv_connector_metadata
         self.connector.handle_preemptions(meta)
-        for name in meta.ended:
+        for name in (*meta.gone, *meta.ended):
             self.lives.pop(name, None)
         if not step.total_num_scheduled_tokens:
             return Mixin.kv_connector_no_forward(step, self.config)
@@ -130,8 +131,14 @@ class BareWorker(BruteForce):
         for name, tokens in scheduled.items():
             grant, life = grants[name], self.lives.get(name)
             if life is None or life.epoch != grant.epoch:
-                assert grant.covered == tokens, "a life begins with its first token"
                 life = self.lives[name] = Life(grant.epoch, self.seeds[name], grant.prompt, tuple(grant.spared))
+                before = grant.covered - tokens
+                assert (before > 0) == (grant.start is not None), (
+                    "a life begins with its first token, or from a snapshot"
+                )
+                if before:
+                    SEEN["starts from snapshots"] += 1
+                    self.compute(life, before, grant.strength)
             assert life.covered + tokens == grant.covered and life.prompt == grant.prompt
             pieces.append(self.compute(life, tokens, grant.strength))
         lives = [self.lives[name] for name in scheduled]
@@ -154,14 +161,23 @@ class BareWorker(BruteForce):
                 mine = slice(at, at + count)
                 want = self.attend(life, layer, count)[ran[mine]]
                 np.testing.assert_allclose(out[mine][ran[mine]].numpy(), want, rtol=2e-4, atol=2e-5)
+        for name in scheduled:
+            for order in grants[name].snapshots:
+                self.lives[order.name] = self.as_of(self.lives[name], order.epoch, order.tokens)
         return {name: self.sample(name) for name in scheduled}
+
+    def as_of(self, life: Life, epoch: int, tokens: int) -> Life:
+        """A snapshot: what a request was after so many tokens."""
+        copy = Life(epoch, life.seed, life.prompt, life.spared)
+        self.compute(copy, tokens, life.strengths[0])
+        return copy
 
     def sample(self, name: str) -> list[int]:
         life = self.lives[name]
         if life.covered < self.known[name]:
             return []
         self.known[name] += 1
-        return [sampled_at(life.seed, life.covered)]
+        return [token_at(life.seed, life.covered)]
 
     def note(self, lives: list[Life], counts: list[int], step: PruneAttentionMetadata) -> None:
         strengths = {life.strengths[-1] for life in lives}

@@ -3,7 +3,8 @@
 vLLM's own scheduler (and, in half of the histories, its asynchronous one, which hears of a step only after it has scheduled the
 next), with the plugin's manager, both sides of its connector, its lane store and attention, in one process. Histories are
 random: arrivals that ask for strengths, protection and maps, budgets of tokens from step to step, aborts, a cache reset that
-throws everybody out, and pools so small that the scheduler preempts by itself; in some, strength follows the pool. At the end
+throws everybody out, and pools so small that the scheduler preempts by itself; in some, strength follows the pool, in some
+requests start from snapshots of others' prompts. At the end
 all that is left must come to an end within a number of steps that no preemption may stretch, and the pool be whole.
 """
 
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bare_worker import STOP, BareWorker, sampled_at
+from bare_worker import STOP, BareWorker, token_at
 from brute_force import BY_TOKEN, CHUNK, LONGEST, METHODS, SEEN, SINKS, WHOLE, D, G, H, L, gates_of
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -29,7 +30,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from scheduling import cache_of, configuration, request, scheduler, write_model
+from scheduling import block_hasher, cache_of, configuration, request, scheduler, write_model
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 from vllm.distributed.kv_transfer import kv_transfer_state
@@ -56,8 +57,8 @@ class Machine(RuleBasedStateMachine):
         self.method, self.folder = method, folder
 
     @initialize(late=st.booleans(), pressure=st.booleans(), spare=st.sampled_from([0, 1, 4, 12]),
-                keep=st.sampled_from([1.0, 0.2]), seed=st.integers(0, 2**16))  # fmt: skip
-    def start(self, late, pressure, spare, keep, seed):
+                keep=st.sampled_from([1.0, 0.2]), prefixes=st.booleans(), seed=st.integers(0, 2**16))  # fmt: skip
+    def start(self, late, pressure, spare, keep, prefixes, seed):
         method = self.method
         gates, params = gates_of(method, seed)
         protects = GATES[gates[0].method].protects
@@ -76,11 +77,12 @@ class Machine(RuleBasedStateMachine):
             options["pressure"] = self.pressure.model_dump()
         chunk = LONGEST + SEQS if method in WHOLE else CHUNK
         config = configuration(
-            self.folder, LONGEST, max_num_seqs=SEQS, max_num_batched_tokens=chunk,
+            self.folder, LONGEST, max_num_seqs=SEQS, max_num_batched_tokens=chunk, enable_prefix_caching=prefixes,
             additional_config={"vllm_prune": options},
         )  # fmt: skip
         config.scheduler_config.async_scheduling = late  # as a GPU has it: on CPU vLLM switches it off
         assert config.max_concurrent_batches == 1 + late
+        self.hasher = block_hasher(config) if config.cache_config.enable_prefix_caching else None
         self.worker = BareWorker(method, config, gates, 0)
         spec = self.worker.spec
         self.blocks = spec.peak_blocks(LONGEST) + spare + 1  # the least that vLLM starts with, and some
@@ -105,7 +107,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(prompt=st.integers(1, LONGEST - 20), more=st.integers(1, 40), strength=st.sampled_from(STRENGTHS),
           spared=st.none() | st.tuples(st.integers(0, 200), st.integers(0, 60)), mapped=st.booleans(),
-          seed=st.integers(0, 2**16))  # fmt: skip
+          seed=st.integers(0, 5) | st.integers(0, 2**16))  # fmt: skip
     def arrive(self, prompt, more, strength, spared, mapped, seed):
         if len(self.requests) >= 7:
             return
@@ -116,7 +118,8 @@ class Machine(RuleBasedStateMachine):
             asked["protect"] = f"{spared[0]}:{spared[0] + spared[1]}"
         self.names += 1
         name = f"r{self.names}"
-        new = request(name, prompt, min(more, LONGEST - prompt), [STOP], **asked)
+        ids = [token_at(seed, position) for position in range(prompt)]
+        new = request(name, ids, min(more, LONGEST - prompt), [STOP], self.hasher, **asked)
         self.worker.seeds[name], self.requests[name] = seed, new
         self.asked[name] = 0.0 if self.method == "open" else 1.0 if strength is None else strength
         self.scheduler.add_request(new)
@@ -191,7 +194,7 @@ class Machine(RuleBasedStateMachine):
                 assert grant.strength == asked
             else:
                 assert grant.strength in (asked, asked * self.level / LEVELS)
-            if grant.covered == grant.tokens and self.method in BY_TOKEN:
+            if (grant.covered == grant.tokens or grant.start) and self.method in BY_TOKEN:
                 said = (self.requests[name].sampling_params.extra_args or {}).get("prune.protect")
                 begin, end = map(int, said.split(":")) if said else (0, 0)
                 end = min(end, grant.prompt)
@@ -234,7 +237,7 @@ class Machine(RuleBasedStateMachine):
             assert len(ids) + 1 < ended.max_tokens, "nor what had all that it wanted"
             return
         seed, prompt = self.worker.seeds[ended.request_id], ended.num_prompt_tokens
-        assert list(ids) == [sampled_at(seed, prompt + i) for i in range(len(ids))]
+        assert list(ids) == [token_at(seed, prompt + i) for i in range(len(ids))]
         assert (ids[-1] == STOP) if reason == "stop" else len(ids) == ended.max_tokens
         told = output.kv_transfer_params
         if told is None:
@@ -266,10 +269,11 @@ class Machine(RuleBasedStateMachine):
         while self.flying:
             self.hear()
         assert self.pool.get_num_free_blocks() == self.blocks - 1
-        assert not self.worker.store.slots and not self.manager.grants and not self.manager.req_to_blocks
+        assert all(name.startswith("\0snapshot") for name in self.worker.store.slots)
+        assert not self.manager.grants and not self.manager.req_to_blocks
         connector = self.scheduler.connector
         known = (connector._requests, connector._prompts, connector._gates, connector._applied, connector._spared,
-                 connector._lifetimes, self.manager.expected_keep)  # fmt: skip
+                 connector._lifetimes, connector._leave, self.manager.expected_keep, self.manager.starting)  # fmt: skip
         assert not any(known), "nothing of a request is kept"
         SEEN["histories"] += 1
 
@@ -308,7 +312,7 @@ def test_histories_were_worth_it():
     for event in (
         "blocks returned", "stale reports", "preemptions", "preemptions in a prefill", "mixed steps", "keys dropped",
         "tokens skipped", "requests with closed lanes", "groups not chosen", "mixed strengths", "strength changes",
-        "spared keys", "maps", "resets", "late steps", "aborts with a step in flight", "requests doomed",
+        "spared keys", "maps", "resets", "late steps", "starts from snapshots", "aborts with a step in flight", "requests doomed",
     ):  # fmt: skip
         assert SEEN[event] > 2, f"{event}: {SEEN}"
     assert SEEN["steps"] > 4000, SEEN

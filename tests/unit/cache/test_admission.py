@@ -269,7 +269,7 @@ class Engine:
         self.ended: dict[str, str] = {}
 
     def add(self, name: str, prompt: int, answer: int, **asked) -> None:
-        self.scheduler.add_request(request(name, prompt, answer, **asked))
+        self.scheduler.add_request(request(name, [3] * prompt, answer, **asked))
         self.known[name] = prompt
 
     def step(self) -> list[str]:
