@@ -218,10 +218,13 @@ def schedulers(folder: Path, blocks: int, gated: bool, late: bool = False) -> tu
     return scheduler(config, cache_of(names, spec, blocks)), spec
 
 
-def outcome(arrivals: list[Arrival], blocks: int, gated: bool) -> Outcome:
-    """Of a trace, with the plugin or with stock vLLM."""
+def outcome(arrivals: list[Arrival], blocks: int, gated: bool, learn: bool = True) -> Outcome:
+    """Of a trace, with the plugin or with stock vLLM. ``learn``: whether admission corrects the promise."""
     with tempfile.TemporaryDirectory() as folder:
         made, spec = schedulers(Path(folder), blocks, gated)
+        if gated and not learn:
+            (manager,) = made.kv_cache_manager.coordinator.single_type_managers
+            manager.promise.learn = lambda report, keep: None
         kept = {name: arrival.kept for name, arrival in _named(arrivals)}
         worker = CountingWorker(spec, blocks, kept) if gated else None
         return run(made, arrivals, worker, most=200 * len(arrivals))
@@ -234,6 +237,7 @@ CASES: dict[str, Callable[[random.Random], float]] = {
     "everything": lambda shares: 1.0,
 }
 """What requests keep."""
+UNCORRECTED = "everything, promise not corrected"
 
 
 def main() -> None:
@@ -243,8 +247,11 @@ def main() -> None:
     found: dict[str, Any] = {}
     stock = outcome(trace(count, CASES["everything"]), blocks, gated=False).told()
     say("stock", stock)
-    for name, kept in CASES.items():
-        told = outcome(trace(count, kept), blocks, gated=True).told()
+    for name, kept, learn in (
+        *((name, kept, True) for name, kept in CASES.items()),
+        (UNCORRECTED, CASES["everything"], False),
+    ):
+        told = outcome(trace(count, kept), blocks, True, learn).told()
         told["of_stock"] = {
             key: round(told[key] / stock[key], 3) for key in ("answered_per_computed", "answered_per_time")
         }

@@ -96,6 +96,7 @@ class Machine(RuleBasedStateMachine):
         self.flying: list[tuple[Any, ModelRunnerOutput]] = []
         self.asked: dict[str, float] = {}
         self.requests: dict[str, Request] = {}
+        self.past: list[tuple[int, Any, Any]] = []
         self.names = 0
         self.level = 0
 
@@ -107,10 +108,13 @@ class Machine(RuleBasedStateMachine):
 
     @rule(prompt=st.integers(1, LONGEST - 20), more=st.integers(1, 40), strength=st.sampled_from(STRENGTHS),
           spared=st.none() | st.tuples(st.integers(0, 200), st.integers(0, 60)), mapped=st.booleans(),
-          seed=st.integers(0, 5) | st.integers(0, 2**16))  # fmt: skip
-    def arrive(self, prompt, more, strength, spared, mapped, seed):
+          seed=st.integers(0, 2**16), again=st.integers(0, 2))  # fmt: skip
+    def arrive(self, prompt, more, strength, spared, mapped, seed, again):
         if len(self.requests) >= 7:
             return
+        if again and self.past and self.hasher:  # as somebody before, of another length
+            seed, strength, spared, mapped = *self.past[seed % len(self.past)], False
+        self.past.append((seed, strength, spared))
         asked: dict[str, Any] = {"map": True} if mapped else {}
         if strength is not None and self.method != "open":
             asked["strength"] = strength
