@@ -117,6 +117,7 @@ def test_who_is_short_awaits_its_report_and_lets_nobody_in():
     assert bare.asks("b", 10, whole=True) > bare.pool.get_num_free_blocks() < bare.asks("b", 10)
     bare.manager.new_step_starts()
     assert not bare.manager.waits_for_report() and bare.asks("b", 10) == 1
+    assert bare.asks("b", 4000, whole=True) == 7, "more than the pool is tried alone"
     assert bare.hears("a", covered=128, pages=(6, 6, 6), keep=1) == 3
     assert bare.asks("a", 256) == 4 and not bare.manager.waits_for_report()
     bare.grant("a", 256)
