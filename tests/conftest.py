@@ -21,6 +21,7 @@ os.environ.update(
 )
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 LONG = (
     "test_soak",

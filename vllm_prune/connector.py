@@ -138,6 +138,12 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
 
     # Scheduler side ----------------------------------------------------------------------------------------------
 
+    def has_pending_block_frees(self) -> bool:
+        # vLLM asks when a running request is short of blocks: then it waits for the next step instead of preempting somebody.
+        # Without this a request alone in the pool could be preempted for the bound that holds until its report comes, and that
+        # over and over; and one that is doomed would no longer be running when the scheduler hears of it.
+        return self._manager is not None and self._manager.waits_for_report()
+
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
         super().bind_kv_cache_manager(kv_cache_manager)
         manager: PruneManager
@@ -214,9 +220,10 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
             covered = computed[req_id] + tokens
             request = self._requests[req_id]
             remaining = max(request.num_tokens - covered, 0)
-            last = remaining == 0 and request.num_output_tokens + 1 >= request.max_tokens
+            outputs = request.num_output_tokens + request.num_output_placeholders  # the latter are in flight
+            last = remaining == 0 and outputs + 1 >= request.max_tokens
             ahead = self._ahead * max(min(remaining, self._chunk), 1)
-            blocks = [block.block_id for block in grants.take_unsent()]
+            blocks, grants.told = [block.block_id for block in grants.take_unsent()], covered
             # vLLM counts all that came before into the prompt of a session that goes on: what was decided stays decided.
             prompt = self._prompts.setdefault(req_id, request.num_prompt_tokens)
             strength = self._strength(request)

@@ -71,6 +71,7 @@ class GrantLog:
         log: every block granted, in order; ``None`` where given back. Elements are vLLM's KVCacheBlock.
         live: grants not given back.
         sent: length of the log that the worker has been told of.
+        told: tokens that it has been told to compute.
         report: the worker's last word, if any.
         known_tokens: tokens known when this life began (prompt, and what a preempted request had generated).
         returned, peak: totals for statistics, in blocks.
@@ -80,10 +81,16 @@ class GrantLog:
     log: list[Any] = field(default_factory=list)
     live: int = 0
     sent: int = 0
+    told: int = 0
     report: LaneReport | None = None
     known_tokens: int = 0
     returned: int = 0
     peak: int = 0
+
+    @property
+    def awaits_report(self) -> bool:
+        """Whether the worker has still to say what it needs after all that it was told to compute."""
+        return self.told > (self.report.covered if self.report else 0)
 
     def needed(self, geometry: LaneGeometry, tokens: int) -> int:
         """Blocks that suffice for the request's first ``tokens`` tokens, whatever the gates decide from here on."""

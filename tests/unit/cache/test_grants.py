@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_prune.cache.geometry import LaneGeometry, cdiv
@@ -29,6 +29,7 @@ def report(**changes) -> LaneReport:
     return LaneReport(**{"epoch": 1, "covered": 100, "pages": (10, 11, 12), "keep": 3, "seen": 5, **changes})
 
 
+@settings(deadline=None)
 @given(geometries, st.integers(0, 500), st.lists(st.integers(0, 400), min_size=1, max_size=6), st.integers(1, 200))
 def test_bound_covers_whatever_the_gates_keep(geometry, covered, lengths, more):
     """Any lane lengths up to what was covered, then ``more`` tokens kept everywhere: the grant suffices."""
@@ -47,6 +48,7 @@ def test_bound_covers_whatever_the_gates_keep(geometry, covered, lengths, more):
     assert log.needed(g, covered + more) <= g.blocks_for(covered + more), "never more than keeping everything"
 
 
+@settings(deadline=None)
 @given(geometries, st.integers(1, 3000), st.integers(1, 512), st.floats(0.01, 1.0))
 def test_planned_peak(geometry, tokens, chunk, keep):
     assert geometry.peak_blocks(tokens, chunk, keep) <= geometry.blocks_for(tokens)
@@ -73,8 +75,10 @@ def test_unsent_grants_are_told_once():
 
 
 def test_a_page_that_cannot_hold_gate_keys_is_refused():
-    with pytest.raises(ValueError, match="gate keys"):
-        LaneGeometry(1, 1, 32, 32, gate_rank=48)
+    for rank in (48, 4096):
+        with pytest.raises(ValueError, match="a head-page of 2048 numbers cannot be divided into gate keys of"):
+            LaneGeometry(1, 1, 32, 32, gate_rank=rank)
+    assert LaneGeometry(1, 1, 32, 32, gate_rank=2048).gate_page_tokens == 1
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 5)), min_size=1, max_size=8), st.randoms())
