@@ -200,8 +200,8 @@ def write(args: argparse.Namespace, modules: dict[str, Any], started: float) -> 
     total = sum(module["tried"] for module in modules.values())
     lived = sum(len(module["survivors"]) for module in modules.values())
     result = {
-        "killed_share": round(1 - lived / max(total, 1), 4), "tried": total, "sample": args.sample, "fast": args.fast, "seed": args.seed,
-        "modules": modules, **origin(1, started),
+        "killed_share": round(1 - lived / max(total, 1), 4), "tried": total, "sample": args.sample, "fast": args.fast,
+        "seed": args.seed, "modules": modules, **origin(1, started),
     }  # fmt: skip
     args.json.write_text(json.dumps(result, indent=2) + "\n")
 
