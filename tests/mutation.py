@@ -1,6 +1,6 @@
 """Mutation testing of ``vllm_prune/cache``: small faults are put in, one at a time, and the fast tests must notice.
 
-    python tests/mutation.py --json benchmarks/results/mutation.json [--sample N] [--only MODULE]
+    python tests/mutation.py --json benchmarks/results/mutation.json [--sample N] [--fast] [--only MODULE]
 
 The faults are cosmic-ray's. Of the replacements that it knows for one place (an operator has a dozen) one is drawn, by a fixed
 seed; ``--sample`` draws N of those places a module. vLLM is imported once, and each fault tried in a child of this process, where
@@ -42,12 +42,15 @@ TESTS: dict[str, list[str]] = {
     "lane_ops": [LANES, RECEIVED, f"{LAW3}[dcp_kv_head]", f"{LAW3}[dms]"],
 }
 """Module of ``vllm_prune/cache`` to the tests that must notice, one file after the other."""
+SLOWER = (ADMISSION, LAW3)
+"""Left out with ``--fast``: what lives then may not have lived."""
 DESELECT = ("storms", "all_ranks_hear")
 """Too slow, or in processes of their own, which import the files as they are."""
 SLOW = (
     "conftest", "hypothesis.stateful", "torch.distributed", "transformers.models.qwen3.modeling_qwen3", "vllm._custom_ops",
     "vllm.engine.arg_utils", "vllm.model_executor.layers.attention.attention", "vllm.model_executor.models.config",
     "vllm.v1.core.sched.async_scheduler", "vllm.v1.structured_output", "vllm.v1.worker.kv_connector_model_runner_mixin",
+    "vllm.distributed.kv_transfer.kv_connector.v1.metrics", "vllm.v1.attention.backend", "torch.multiprocessing",
 )  # fmt: skip
 """Imported before the first child; ``conftest`` sets the environment."""
 LIMIT = 400
@@ -106,7 +109,7 @@ class Changed(importlib.abc.MetaPathFinder, importlib.machinery.SourceFileLoader
         raise OSError  # no bytecode is looked for, nor kept
 
 
-def tried(module: str, path: Path, source: str) -> str:
+def tried(module: str, path: Path, source: str, fast: bool) -> str:
     """``killed``, ``too long`` or ``survived``."""
     child = os.fork()
     if child == 0:
@@ -116,7 +119,7 @@ def tried(module: str, path: Path, source: str) -> str:
             os.dup2(quiet, 1)
             os.dup2(quiet, 2)
             sys.meta_path.insert(0, Changed(f"vllm_prune.cache.{module}", path, source))
-            code = run_tests(module)
+            code = run_tests(module, fast)
         finally:
             os._exit(code)
     until = time.monotonic() + LIMIT
@@ -130,11 +133,13 @@ def tried(module: str, path: Path, source: str) -> str:
     return "too long"
 
 
-def run_tests(module: str) -> int:
+def run_tests(module: str, fast: bool) -> int:
     import pytest
 
     wanted = " and ".join(f"not {name}" for name in DESELECT)
     for tests in TESTS[module]:
+        if fast and tests.startswith(SLOWER):
+            continue
         code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:warnings", "-k", wanted, tests]))
         if code:
             return code
@@ -155,6 +160,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--sample", type=int, help="places a module; default all")
     parser.add_argument("--only", choices=list(TESTS), action="append", help="modules; default all")
+    parser.add_argument("--fast", action="store_true", help="unit tests of the module alone")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     started = time.perf_counter()
@@ -164,7 +170,7 @@ def main() -> None:
     modules: dict[str, Any] = {}
     for module in args.only or TESTS:
         path = ROOT / "vllm_prune" / "cache" / f"{module}.py"
-        if tried(module, path, path.read_text()) != "survived":
+        if tried(module, path, path.read_text(), args.fast) != "survived":
             raise SystemExit(f"{module}: the tests fail without any fault")
         every = faults(path, args.seed)
         outcomes: Counter[str] = Counter()
@@ -173,7 +179,7 @@ def main() -> None:
             source = mutated(path, name, occurrence)
             if source is None:
                 continue
-            outcome = tried(module, path, source)
+            outcome = tried(module, path, source, args.fast)
             outcomes[outcome] += 1
             if outcome == "survived":
                 old, new = path.read_text().splitlines(), source.splitlines()
@@ -194,8 +200,8 @@ def write(args: argparse.Namespace, modules: dict[str, Any], started: float) -> 
     total = sum(module["tried"] for module in modules.values())
     lived = sum(len(module["survivors"]) for module in modules.values())
     result = {
-        "killed_share": round(1 - lived / max(total, 1), 4), "tried": total, "sample": args.sample, "seed": args.seed,
-        "modules": modules, **origin(1, started),
+        "killed_share": round(1 - lived / max(total, 1), 4), "tried": total, "sample": args.sample, "fast": args.fast,
+        "seed": args.seed, "modules": modules, **origin(1, started),
     }  # fmt: skip
     args.json.write_text(json.dumps(result, indent=2) + "\n")
 
