@@ -37,7 +37,9 @@ def tracked() -> list[str]:
 def normalise(sdist: Path, epoch: int) -> None:
     """Rewrite an sdist: members in order, their times and the archive's as given, no owner, plain permissions."""
     with tarfile.open(sdist) as archive:
-        members = [(member, archive.extractfile(member)) for member in sorted(archive.getmembers(), key=lambda one: one.name)]
+        members = [
+            (member, archive.extractfile(member)) for member in sorted(archive.getmembers(), key=lambda one: one.name)
+        ]
         inner = io.BytesIO()
         with tarfile.open(fileobj=inner, mode="w", format=tarfile.PAX_FORMAT) as out:
             for member, content in members:
@@ -93,12 +95,18 @@ def differences(one: Path, other: Path) -> list[str]:
         return [one.name]
     with zipfile.ZipFile(one) as a, zipfile.ZipFile(other) as b:
         names = sorted({*a.namelist(), *b.namelist()})
-        return [name for name in names if name not in a.NameToInfo or name not in b.NameToInfo or a.read(name) != b.read(name)]
+        return [
+            name
+            for name in names
+            if name not in a.NameToInfo or name not in b.NameToInfo or a.read(name) != b.read(name)
+        ]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the distributions and SHA256SUMS, made anew")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the distributions and SHA256SUMS, made anew"
+    )
     args = parser.parse_args()
     epoch = int(os.environ.get("SOURCE_DATE_EPOCH") or git("log", "-1", "--format=%ct"))
     with tempfile.TemporaryDirectory() as folder:

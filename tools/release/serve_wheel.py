@@ -40,7 +40,9 @@ def install(wheel: Path, folder: Path) -> Path:
 
 
 def environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV", "VLLM_"))}
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV", "VLLM_"))
+    }
     return {
         **kept, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1", "OMP_NUM_THREADS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -50,7 +52,9 @@ def environment() -> dict[str, str]:
 def where(python: Path, work: Path) -> dict[str, str]:
     """From where the environment imports our packages."""
     code = f"import json, importlib.util as u; print(json.dumps({{n: u.find_spec(n).origin for n in {PACKAGES}}}))"
-    done = subprocess.run([str(python), "-c", code], cwd=work, env=environment(), check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(python), "-c", code], cwd=work, env=environment(), check=True, capture_output=True, text=True
+    )
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 

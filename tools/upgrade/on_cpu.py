@@ -47,15 +47,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.upgrade.on_cpu", description=__doc__)
     parser.add_argument("release", help="x.y.z")
     parser.add_argument("--wheel", type=Path, help="its wheel; fetched by pip when left out")
-    parser.add_argument("tests", nargs="+", help="arguments of pytest")
-    args = parser.parse_args()
+    parser.add_argument("--with", dest="wanted", metavar="PACKAGE", action="append", default=[],
+                        help="something that the release asks for and our environment lacks, installed beside it")  # fmt: skip
+    args, more = parser.parse_known_args()  # the others are pytest's
     folder = ROOT / "build" / f"vllm-{args.release}"
     lay_out(args.wheel or download(args.release, ROOT / "build"), args.release, folder, installed())
+    if args.wanted:
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            str(folder),
+            *args.wanted,
+        ]
+        subprocess.run(command, check=True)
     paths = [folder, *dict.fromkeys(OURS.values())]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
     told = "import vllm, importlib.metadata as m; print(vllm.__file__, m.version('vllm'))"
     subprocess.run([sys.executable, "-c", told], env=env, cwd=ROOT, check=True)
-    return subprocess.run([sys.executable, "-m", "pytest", *args.tests], env=env, cwd=ROOT).returncode
+    return subprocess.run([sys.executable, "-m", "pytest", *more], env=env, cwd=ROOT).returncode
 
 
 if __name__ == "__main__":
