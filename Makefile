@@ -116,8 +116,8 @@ LOCK := uv pip compile --quiet --config-file requirements/uv.toml --universal --
     --no-header --no-annotate $(if $(UP),--upgrade)
 lock: $(TOOLS)/.installed
 	$(TOOLS)/bin/$(LOCK) requirements/ci.txt pyproject.toml --extra dev --no-emit-package torch --no-emit-package torchaudio \
-	    --no-emit-package torchcodec --no-emit-package torchvision -o requirements/ci.lock > build/lock.log
-	$(TOOLS)/bin/$(LOCK) requirements/release.txt -o requirements/release.lock > build/lock.log
+	    --no-emit-package torchcodec --no-emit-package torchvision -o requirements/ci.lock > /dev/null
+	$(TOOLS)/bin/$(LOCK) requirements/release.txt -o requirements/release.lock > /dev/null
 
 # Tools of a release, in an environment of their own (docs/release.md).
 $(TOOLS)/.installed: requirements/release.lock

@@ -1,4 +1,4 @@
-"""Writes docs/licences.md: what pip-licenses reads from the metadata of everything that is locked, as installed in an environment.
+"""Writes docs/licences.md: what pip-licenses reads from the metadata of everything that is locked and installed.
 
 Runs on the tools of ``requirements/release.lock``, which have pip-licenses and packaging.
 """

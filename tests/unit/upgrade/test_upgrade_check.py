@@ -197,12 +197,12 @@ def test_new_optional_argument_fits_a_call(check):
     ("padded: bool = False", "rounded: bool = False", "does not take padded"),
     ("padded: bool = False", "padded: bool = False, depth: int", "wants depth"),
     ("plan(config: Config, tokens: int, *", "plan(config: Config, *", "takes 1 positional arguments, ours gives 2"),
-    ("request_id: str, tokens: int)", "request_id: str, tokens: int, spare: int)", "ours/code.py:Mine: ours does not take spare"),
-    ("request_id: str, tokens: int)", "tokens: int, request_id: str)", "ours/code.py:Mine: ours has the arguments in another order"),
-    ("def free(self, request_id)", "def free(self)", "ours/code.py:Mine: ours wants request_id"),
+    ("request_id: str, tokens: int)", "request_id: str, tokens: int, spare: int)", "ours does not take spare"),
+    ("request_id: str, tokens: int)", "tokens: int, request_id: str)", "ours has the arguments in another order"),
+    ("def free(self, request_id)", "def free(self)", "ours wants request_id"),
 ])  # fmt: skip
 def test_signature_that_no_longer_fits(check, old, new, told):
-    assert told in [one[2] for one in check(core=core(old, new)) if one[0] == BREAKS]
+    assert any(one[2].endswith(told) for one in check(core=core(old, new)) if one[0] == BREAKS)
 
 
 def test_new_abstract_method(check):
