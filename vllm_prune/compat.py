@@ -13,7 +13,8 @@ from typing import Any
 from vllm_prune.errors import PruneError
 
 SUPPORTED = ((0, 32), (0, 33))
-"""vLLM minor releases let through. Every test runs on 0.32; 0.33 has no CPU build yet and was not run."""
+"""vLLM minor releases let through. Every test runs on 0.32. 0.33 has no CPU build yet: its interfaces were compared and tests run
+on its Python sources with 0.32's compiled ops (docs/upgrade-vllm.md)."""
 
 
 def vllm_version() -> str:
