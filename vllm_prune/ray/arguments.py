@@ -40,7 +40,10 @@ def serve_arguments(engine: dict[str, Any]) -> Namespace:
     Raises:
         PruneError: an option that ``vllm serve`` does not know, or a value that it does not take.
     """
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    try:
+        from vllm.entrypoints.common.cli_args import make_arg_parser, validate_parsed_serve_args
+    except ModuleNotFoundError:  # vLLM 0.32
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     way_out = "Correct `engine`: its fields are the options of `vllm serve`, with underscores."
