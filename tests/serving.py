@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import psutil
 
-READY_SECONDS = 300
+READY_SECONDS = 600
 LONGEST = 512
 
 
