@@ -31,7 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@examples(500)
+@examples(300)
 @given(sections(), st.none() | st.floats(0, 16), st.none() | st.floats(0, 1))
 @example(sized(params={"rank": 10**5000}), None, None)
 @example(sized(params={"rank": -(10**400)}), None, None)

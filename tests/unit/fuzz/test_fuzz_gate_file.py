@@ -190,7 +190,7 @@ def plain_read(raw: bytes) -> dict[str, np.ndarray]:
     return found
 
 
-@examples(500)
+@examples(400)
 @given(gate_files())
 @example(("dcp", join({}, b"")))
 @example(("dcp", join([], b"")))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from vllm_prune.chat import Markers
 from vllm_prune.config import MAX_STRENGTH, DropGateConfig
 from vllm_prune.protect import parse_protect
-from vllm_prune.requests import FIELDS, MAP, PROTECT, STRENGTH, BadField, RequestGates, request_gates
+from vllm_prune.requests import FIELDS, MAP, OFF, PROTECT, STRENGTH, BadField, RequestGates, request_gates
 
 BASE = {"num_layers": 2, "num_kv_heads": 2, "hidden_size": 32}
 ROW = {"live": 0.5, "ppl": 2.0, "kl": 0.1, "length": 64}
@@ -43,10 +43,11 @@ ASKED = st.dictionaries(
 MARKERS = Markers((("system", (3, 4)), ("user", (3, 5))), frozenset({3}), (3, 6))
 
 
-@examples(600)
+@examples(400)
 @given(ASKED, st.sampled_from(SECTIONS), st.sampled_from([0.0, 0.5]), st.booleans())
 @example({STRENGTH: 10**400}, SECTIONS[0], 0.0, False)
 @example({STRENGTH: 10**5000}, SECTIONS[0], 0.0, False)
+@example({OFF: 1.0}, SECTIONS[0], 0.0, False)
 @example({MAP: 10**5000}, SECTIONS[0], 0.0, True)
 @example({PROTECT: 10**5000}, SECTIONS[0], 0.0, True)
 @example({PROTECT: "x" * 10**6}, SECTIONS[0], 0.0, True)
@@ -65,6 +66,7 @@ def test_any_value_of_any_field(asked: dict[str, Any], section: DropGateConfig, 
     assert 0.0 <= found.strength <= MAX_STRENGTH and 0.0 < found.expected_keep <= 1.0
     if not ours:
         assert found == RequestGates(section.strength, section.expected_keep)
+    assert all(asked[name] in (0, 1) and isinstance(asked[name], int) for name in (OFF, MAP) if name in asked)
     json.dumps([found.strength, found.expected_keep, found.map])
     if found.protect is not None:
         spans = found.protect.spans([3, 4, 9, 9, 3, 5, 9, 9, 3, 6], MARKERS)
