@@ -11,7 +11,7 @@ export VLLM_NO_USAGE_STATS = 1
 # Test processes, each on a core and with up to 4 GiB.
 WORKERS ?= 2
 
-.PHONY: demo test lint format clean reference bench baselines quality claims gpu-here gpu-flow gpu-test gpu-bench
+.PHONY: demo test nightly mutation lint format clean reference bench baselines quality claims gpu-here gpu-flow gpu-test gpu-bench
 .PHONY: lock dist-check release-check licences sbom upgrade-check upgrade-test
 
 demo: $(STAMP)
@@ -19,6 +19,14 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# Law 3 with fresh seeds, twenty times as many histories.
+nightly: $(STAMP)
+	VLLM_PRUNE_FULL=1 $(BIN)/python -m pytest --timeout 0 -rP tests/integration/test_law3_state_machine.py
+
+# Small faults in vllm_prune/cache that tests must notice (docs/mutation.md): hours. ARGS="--sample 20" for minutes.
+mutation: $(STAMP)
+	$(BIN)/python tests/mutation.py --json benchmarks/results/mutation.json $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -37,6 +45,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/prompt_forms.py --json benchmarks/results/prompt-forms.json
 	$(BIN)/python benchmarks/shadow.py --json benchmarks/results/shadow.json
 	$(BIN)/python benchmarks/serve.py --json benchmarks/results/serve.json
+	$(BIN)/python benchmarks/storm.py --json benchmarks/results/storm.json
 
 # The Python that has vLLM for CUDA and, by `pip install -e '.[dev]'`, this plugin: $(VENV) has vLLM for CPUs.
 GPU_PYTHON ?= python3

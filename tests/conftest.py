@@ -21,8 +21,11 @@ os.environ.update(
 )
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 LONG = (
+    "test_soak",
+    "test_faults",
     "test_device_path",
     "test_ray_serve",
     "test_kernels",

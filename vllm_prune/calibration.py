@@ -7,16 +7,21 @@ one minus its sparsity), a mean over layers and heads; live is the share of keys
 Both fall as the strength grows, whatever the method (``decision_shift``); noise of the measurement is taken out by
 isotonic regression. Between rows everything is linear in s / (1 + s), which is finite for every strength and behaves
 like the shift of the decision: 0 at open gates, 1/2 as trained.
+
+What is kept falls with the length too. Gates are causal, so that what a window's first tokens kept among themselves is known
+from the same run: tables have it at shorter lengths, between which kept is linear in the logarithm of the length.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -38,6 +43,7 @@ class CalibrationRow(_Strict):
         ppl: perplexity a token of the gated model.
         kl: mean KL(open gates || gated) a position, nats.
         length: T, tokens of each window.
+        shorter: kept among the first tokens of each window, for each of the table's ``lengths``.
     """
 
     strength: float = Field(ge=0.0, le=16.0)
@@ -46,6 +52,7 @@ class CalibrationRow(_Strict):
     ppl: float = Field(gt=0.0)
     kl: float = Field(ge=0.0)
     length: int = Field(gt=1)
+    shorter: tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...] = ()
 
 
 class Calibration(_Strict):
@@ -54,6 +61,7 @@ class Calibration(_Strict):
     Attributes:
         version: of this table; only 1 exists.
         length: T, tokens of each window: the kept fraction depends on it.
+        lengths: shorter ones that rows speak of too, growing. Empty in older tables, and where gates decide at the prompt's end.
         tokens: measured at each strength.
         data_sha256: of the token ids that were measured.
         gates_sha256: of the gates that were measured (``gates_digest``); a table of other gates is refused.
@@ -66,6 +74,7 @@ class Calibration(_Strict):
 
     version: Literal[1] = 1
     length: int = Field(gt=1)
+    lengths: tuple[Annotated[int, Field(gt=1)], ...] = ()
     tokens: int = Field(gt=0)
     data_sha256: str
     gates_sha256: str
@@ -82,8 +91,14 @@ class Calibration(_Strict):
         for before, after in zip(self.rows, self.rows[1:], strict=False):
             if not after.strength > before.strength:
                 raise ValueError("strengths must grow from row to row")
-            if after.kept > before.kept:
+            if any(b > a for a, b in zip((before.kept, *before.shorter), (after.kept, *after.shorter), strict=False)):
                 raise ValueError("kept fractions must not grow with strength")
+        if any(b <= a for a, b in pairwise((*self.lengths, self.length))):
+            raise ValueError("lengths must grow, up to the table's own")
+        if any(len(row.shorter) != len(self.lengths) for row in self.rows):
+            raise ValueError("all rows must speak of the table's lengths")
+        if any(kept != 1.0 for kept in self.rows[0].shorter):
+            raise ValueError("the first row must keep everything at every length")
         if any(row.length != self.length for row in self.rows):
             raise ValueError("all rows must be of the table's length")
         return self
@@ -98,23 +113,45 @@ class Calibration(_Strict):
         """Largest strength that was measured."""
         return self.rows[-1].strength
 
-    def keep_at(self, strength: float) -> float:
+    def kept_of(self, tokens: int | None = None) -> list[float]:
+        """Kept fraction of each row, among that many tokens; beyond the table's own length, or without one, at that length.
+
+        A table that knows no shorter lengths says the same of all. A single token keeps everything.
+        """
+        if tokens is None or tokens >= self.length or not self.lengths:
+            return [row.kept for row in self.rows]
+        lengths = (1, *self.lengths, self.length)
+        right = bisect_right(lengths, max(tokens, 1))
+        a, b = lengths[right - 1], lengths[right]
+        share = math.log(max(tokens, 1) / a) / math.log(b / a)
+        found = []
+        for row in self.rows:
+            kept = (1.0, *row.shorter, row.kept)
+            found.append(kept[right - 1] + share * (kept[right] - kept[right - 1]))
+        return found
+
+    def keep_at(self, strength: float, tokens: int | None = None) -> float:
         """Kept fraction at a strength, interpolated; beyond the strongest row it is that row's.
+
+        Args:
+            tokens: see ``kept_of``.
 
         Returns:
             In ``LEAST_KEEP``..1.
         """
-        at = [_coordinate(row.strength) for row in self.rows]
+        kept, at = self.kept_of(tokens), [_coordinate(row.strength) for row in self.rows]
         x = _coordinate(strength)
         right = bisect_right(at, x)
         if right == len(at):
-            return max(LEAST_KEEP, self.rows[-1].kept)
-        a, b = self.rows[right - 1].kept, self.rows[right].kept
+            return max(LEAST_KEEP, kept[-1])
         share = (x - at[right - 1]) / (at[right] - at[right - 1])
-        return max(LEAST_KEEP, a + share * (b - a))
+        return max(LEAST_KEEP, kept[right - 1] + share * (kept[right] - kept[right - 1]))
 
-    def strength_at(self, keep: float) -> float:
+    def strength_at(self, keep: float, tokens: int | None = None) -> float:
         """The weakest strength that keeps no more than ``keep``: inverse of ``keep_at`` within ``keep_range``.
+
+        Args:
+            tokens: see ``kept_of``. Where not even the strongest row keeps so little among so few, it is that row's.
 
         Raises:
             ValueError: keep lies outside of ``keep_range``.
@@ -122,15 +159,15 @@ class Calibration(_Strict):
         low, high = self.keep_range
         if not low <= keep <= high:
             raise ValueError(f"kept fraction {keep:g} lies outside of the measured range {low:g}..{high:g}")
-        for before, after in zip(self.rows, self.rows[1:], strict=False):
-            if keep >= before.kept:
+        kept = self.kept_of(tokens)
+        for (a, before), (b, after) in pairwise(zip(kept, self.rows, strict=True)):
+            if keep >= a:
                 return before.strength
-            if keep == after.kept:
+            if keep == b:
                 return after.strength
-            if keep > after.kept:
-                share = (before.kept - keep) / (before.kept - after.kept)
-                a, b = _coordinate(before.strength), _coordinate(after.strength)
-                return min(after.strength, _strength(a + share * (b - a)))
+            if keep > b:
+                x, y = _coordinate(before.strength), _coordinate(after.strength)
+                return min(after.strength, _strength(x + (a - keep) / (a - b) * (y - x)))
         return self.strongest
 
 

@@ -94,6 +94,21 @@ def live_map(
     )
 
 
+@app.command()
+def compat(
+    markdown: Annotated[bool, typer.Option("--markdown", help="As docs/compatibility.md has it.")] = False,
+) -> None:
+    """List what is served and what is refused, with reasons and ways out: devices, bases, methods, combinations."""
+    from vllm_prune import compat_table
+
+    if markdown:
+        typer.echo(compat_table.markdown(), nl=False)
+        return
+    from rich.console import Console
+
+    compat_table.show(Console())
+
+
 @app.command("eval")
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Folder of a gated checkpoint.")],

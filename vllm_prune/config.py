@@ -6,8 +6,8 @@ a ``drop_gate`` section and ``drop_gate.safetensors``. Read in the front end (to
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import torch
@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from vllm_prune.calibration import Calibration, gates_digest
-from vllm_prune.errors import PruneError
+from vllm_prune.errors import PruneError, short
 from vllm_prune.gates import GATES, Gate, GateShape, Protection, Reads
+from vllm_prune.json_text import parse_object
 
 SECTION = "drop_gate"
 GATE_FILE = "drop_gate.safetensors"
@@ -25,6 +26,9 @@ AGAIN = "Copy or export the checkpoint again."
 MAX_STRENGTH = 16.0
 MAX_TOKENS = 2**30
 """Bound of every count of tokens: positions plus a delay must fit int32."""
+MAX_LAYERS, MAX_HEADS, MAX_HIDDEN = 2**12, 2**16, 2**20
+"""Bounds of what a base may have: a gate is built for every layer before anything is compared with a file."""
+GATE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class _Strict(BaseModel):
@@ -62,9 +66,9 @@ class DropGateConfig(_Strict):
     method: str
     params: dict[str, int | float | str] = Field(default_factory=dict)
     strength: float = Field(1.0, ge=0.0, le=MAX_STRENGTH, allow_inf_nan=False)
-    num_layers: int = Field(gt=0)
-    num_kv_heads: int = Field(gt=0)
-    hidden_size: int = Field(gt=0)
+    num_layers: int = Field(gt=0, le=MAX_LAYERS)
+    num_kv_heads: int = Field(gt=0, le=MAX_HEADS)
+    hidden_size: int = Field(gt=0, le=MAX_HIDDEN)
     protect: ProtectConfig = Field(default_factory=lambda: ProtectConfig(sinks=0, window=0))
     expected_keep: float = Field(1.0, gt=0.0, le=1.0)
     calibration: Calibration | None = None
@@ -80,8 +84,11 @@ class DropGateConfig(_Strict):
     def protection(self) -> Protection:
         return Protection(self.protect.sinks, self.protect.window)
 
-    def strength_for(self, keep: float) -> float:
+    def strength_for(self, keep: float, tokens: int | None = None) -> float:
         """The strength that keeps this fraction of past pairs, read from the calibration table.
+
+        Args:
+            tokens: among so many (``Calibration.kept_of``).
 
         Raises:
             PruneError: there is no table, or it does not reach so far.
@@ -98,12 +105,15 @@ class DropGateConfig(_Strict):
                 f"at strengths 0 to {self.calibration.strongest:g}, {self.calibration.length} tokens.",
                 "Ask for a fraction within, or run `vllm-prune calibrate` with other --strengths.",
             )
-        return self.calibration.strength_at(keep)
+        return self.calibration.strength_at(keep, tokens)
 
-    def at_strength(self, strength: float) -> DropGateConfig:
+    def at_strength(self, strength: float, tokens: int | None = None) -> DropGateConfig:
         """The section as served at a strength, with the ``expected_keep`` that goes with it.
 
         Without a table a weaker strength than the checkpoint's own plans with everything kept.
+
+        Args:
+            tokens: what is planned is as long as that (``Calibration.kept_of``).
 
         Raises:
             PruneError: the strength is out of range.
@@ -111,7 +121,7 @@ class DropGateConfig(_Strict):
         if not 0.0 <= strength <= MAX_STRENGTH:
             raise PruneError(f"strength must lie in 0..{MAX_STRENGTH:g}, got {strength}.", "0 opens every gate.")
         if self.calibration is not None:
-            keep = self.calibration.keep_at(strength)
+            keep = self.calibration.keep_at(strength, tokens)
         else:
             keep = 1.0 if strength < self.strength else self.expected_keep
         return self.model_copy(update={"strength": strength, "expected_keep": keep})
@@ -120,15 +130,15 @@ class DropGateConfig(_Strict):
         """A fresh gate of one layer. Raises PruneError for an unknown method or parameter."""
         if self.method not in GATES:
             raise PruneError(
-                f"drop_gate.method '{self.method}' is unknown.", f"Known methods: {', '.join(sorted(GATES))}."
+                f"drop_gate.method {short(self.method)} is unknown.", f"Known methods: {', '.join(sorted(GATES))}."
             )
         hints = get_type_hints(GATES[self.method].__init__)
         correct = "Export the checkpoint again, or correct config.json."
         for name, value in self.params.items():
             if hints.get(name) is int and not (isinstance(value, int) and abs(value) <= MAX_TOKENS):
-                raise PruneError(f"drop_gate.params.{name} must be an integer up to 2^30, got {value!r}.", correct)
+                raise PruneError(f"drop_gate.params.{name} must be an integer up to 2^30, got {short(value)}.", correct)
             if hints.get(name) is float and not (isinstance(value, int | float) and abs(value) <= 1e30):
-                raise PruneError(f"drop_gate.params.{name} must be a finite number, got {value!r}.", correct)
+                raise PruneError(f"drop_gate.params.{name} must be a finite number, got {short(value)}.", correct)
         try:
             return GATES[self.method](self.shape, **self.params)  # type: ignore[arg-type]
         except (TypeError, ValueError, RuntimeError) as error:
@@ -173,18 +183,11 @@ def parse_drop_gate(
         section = DropGateConfig.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join([SECTION, *map(str, first["loc"])])
+        where = ".".join([SECTION, *(str(part)[:80] for part in first["loc"])])
         hint = "This version does not know the field." if first["type"] == "extra_forbidden" else first["msg"] + "."
         raise PruneError(f"config.json field '{where}' is invalid: {hint}", "Correct it or export again.") from None
     strength = section.strength if override_strength is None else override_strength
     section = section.at_strength(strength if keep is None else section.strength_for(keep))
-    with torch.device("meta"):  # sizes are checked, nothing is allocated
-        gate = section.build_gate()
-    if not gate.protects and section.protection != Protection():
-        raise PruneError(
-            f"drop_gate.protect means nothing to method '{section.method}', which does not choose keys.",
-            "Remove it from config.json.",
-        )
     base = {
         "num_layers": hf_config.num_hidden_layers,
         "num_kv_heads": getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads,
@@ -196,6 +199,13 @@ def parse_drop_gate(
                 f"drop_gate.{field} is {getattr(section, field)} but the base model has {expected}.",
                 "The gates belong to another base model: export them with the base they were trained on.",
             )
+    with torch.device("meta"):  # sizes are checked, nothing is allocated
+        gate = section.build_gate()
+    if not gate.protects and section.protection != Protection():
+        raise PruneError(
+            f"drop_gate.protect means nothing to method '{section.method}', which does not choose keys.",
+            "Remove it from config.json.",
+        )
     misfit = gate.misfit(hf_config)
     if misfit is not None:
         raise PruneError(misfit, "Export the gates with the base model that they were trained on.")
@@ -229,7 +239,7 @@ def serves_stock(vllm_config: Any) -> bool:
 def check_calibration(gate_file: str, section: DropGateConfig) -> None:
     """Raises PruneError when the calibration table was measured with other gates than these."""
     table = section.calibration
-    if table is not None and table.gates_sha256 != gates_digest(gate_file, section.model_dump()):
+    if table is not None and table.gates_sha256 != gates_digest(gate_file, section.model_dump(exclude={"provenance"})):
         raise PruneError(
             "drop_gate.calibration was measured with other gates than this checkpoint has.",
             "Run `vllm-prune calibrate` on it again, or remove the field from config.json.",
@@ -265,7 +275,7 @@ def load_gates(path: str, section: DropGateConfig) -> list[dict[str, torch.Tenso
         with safe_open(path, framework="pt") as file:
             _check_names(set(file.keys()), section, GATE_FILE)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file, no dict)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         if isinstance(error, PruneError):
             raise
         raise PruneError(f"{GATE_FILE} cannot be read: {error}.", AGAIN) from None
@@ -314,7 +324,7 @@ def gate_states(
                 f"tensor '{shown(name)}' in {where} has shape {list(tensor.shape)}, expected {list(wanted[name])}.",
                 AGAIN,
             )
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor.float()).all()):
+        if tensor.dtype not in GATE_DTYPES or not bool(torch.isfinite(tensor.float()).all()):
             raise PruneError(f"tensor '{shown(name)}' in {where} holds values that are not finite numbers.", AGAIN)
     layers: list[dict[str, torch.Tensor]] = [{} for _ in range(section.num_layers)]
     for name, tensor in tensors.items():
@@ -332,6 +342,9 @@ def gate_states(
 
 
 def read_config_json(model_dir: str) -> dict[str, Any]:
-    """config.json of a local folder, for tools outside vLLM."""
-    with open(f"{model_dir}/config.json", encoding="utf-8") as file:
-        return json.load(file)
+    """config.json of a local folder, for tools outside vLLM. Raises PruneError when it cannot be read."""
+    path = Path(model_dir) / "config.json"
+    try:
+        return parse_object(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise PruneError(f"{path} cannot be read: {error}.", "Name a local Hugging Face model folder.") from None

@@ -19,7 +19,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from vllm_prune.attention.serving import ServedGate
-from vllm_prune.cache.grants import LaneReport
+from vllm_prune.cache.grants import GrantLog, LaneReport
+from vllm_prune.cache.snapshots import SnapshotOrder, Snapshots
 from vllm_prune.chat import Markers, Span
 from vllm_prune.config import served_section, server_options
 from vllm_prune.gates import Reveal
@@ -60,6 +61,7 @@ class StepGrant:
         strength: of the gates for this request in this step.
         spared: positions [begin, end) whose keys no gate may drop, with the first step of each life of the request.
         map: the request asked for its map.
+        start: snapshot whose lanes the request starts from; snapshots: to make of it in this step, by position.
     """
 
     epoch: int
@@ -73,13 +75,17 @@ class StepGrant:
     strength: float
     spared: Sequence[tuple[int, int]] = ()
     map: bool = False
+    start: str | None = None
+    snapshots: Sequence[SnapshotOrder] = ()
 
 
 @dataclass
 class PruneMetadata(KVConnectorMetadata):
-    """Scheduler to worker, one a step. ``ended``: ids whose life is over (finished, aborted or preempted)."""
+    """Scheduler to worker, one a step. ``ended``: ids whose life is over (finished, aborted or preempted); ``gone``:
+    snapshots of which this is so."""
 
     ended: list[str] = field(default_factory=list)
+    gone: list[str] = field(default_factory=list)
     grants: dict[str, StepGrant] = field(default_factory=dict)
 
 
@@ -119,6 +125,9 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
         self._spared: dict[str, tuple[Span, ...]] = {}
         self._reports: dict[str, list[LaneReport]] = {}
         self._doomed: set[int] = set()
+        self._prefixes = bool(vllm_config.cache_config.enable_prefix_caching)
+        self._snapshots: Snapshots | None = None
+        self._leave: dict[str, list[int]] = {}
         self._chunk = vllm_config.scheduler_config.max_num_batched_tokens
         late = LATE if vllm_config.device_config.device_type == "cuda" else 0
         self._ahead = vllm_config.max_concurrent_batches - 1 + late
@@ -129,27 +138,65 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
 
     # Scheduler side ----------------------------------------------------------------------------------------------
 
+    def has_pending_block_frees(self) -> bool:
+        # vLLM asks when a running request is short of blocks: then it waits for the next step instead of preempting somebody.
+        # Without this a request alone in the pool could be preempted for the bound that holds until its report comes, and that
+        # over and over; and one that is doomed would no longer be running when the scheduler hears of it.
+        return self._manager is not None and self._manager.waits_for_report()
+
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
         super().bind_kv_cache_manager(kv_cache_manager)
-        (self._manager,) = kv_cache_manager.coordinator.single_type_managers  # type: ignore[assignment]
+        manager: PruneManager
+        (manager,) = kv_cache_manager.coordinator.single_type_managers  # type: ignore[assignment]
+        self._manager, self._cache = manager, kv_cache_manager
+        if self._prefixes:
+            self._snapshots = manager.snapshots = Snapshots(kv_cache_manager.block_pool, manager.geometry)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        return 0, False
+        """Tokens of a waiting request whose lanes are held, by a snapshot of ours."""
+        assert self._manager is not None
+        self._manager.starting.pop(request.request_id, None)
+        if self._snapshots is None or request.skip_reading_prefix_cache:
+            return 0, False
+        found = self._snapshots.find(request, *self._treatment(request))
+        assert self._manager is not None
+        if (
+            found is None
+            or self._manager.blocks_to_start(found, request.num_tokens) > self._manager.block_pool.num_gpu_blocks - 1
+        ):
+            return 0, False  # the pool could never hold both
+        self._manager.starting[request.request_id] = found
+        return found.tokens, False
 
     def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
-        return
+        """A request was admitted, from a snapshot or from its first token. vLLM's figures of its prefix cache count both."""
+        if self._snapshots is None:
+            return
+        prompt = self._prompts.setdefault(request.request_id, request.num_prompt_tokens)
+        ahead = self._snapshots.positions(request, prompt)
+        self._leave[request.request_id] = [at for at in ahead if at > num_external_tokens]
+        stats = self._cache.prefix_cache_stats
+        if num_external_tokens and stats is not None and not request.num_preemptions:
+            stats.hits += num_external_tokens
+
+    def _treatment(self, request: Request) -> tuple[float, Sequence[Span]]:
+        """What of a request decides what is left of its tokens: strength, and spared positions."""
+        return self._gates[request.request_id].strength, self._spared.get(request.request_id, ())
 
     def on_new_request(self, request: Request) -> None:
         assert self._manager is not None
         params = request.sampling_params
         # Checked in the front end: what comes here otherwise than through vLLM's input processor ends the engine.
-        gates = request_gates(None if params is None else params.extra_args, self._section, maps=self._maps)
+        asked = None if params is None else params.extra_args
+        longest = request.num_prompt_tokens + request.max_tokens
+        gates = request_gates(asked, self._section, maps=self._maps, tokens=longest)
         self._requests[request.request_id] = request
         self._gates[request.request_id] = gates
         protect = self._protect if gates.protect is None else gates.protect
         if protect:
             self._spared[request.request_id] = protect.spans(request.prompt_token_ids or (), self._markers)
         if gates.map:
+            request.skip_reading_prefix_cache = True  # of what was dropped before a snapshot nobody knows when
             self._lifetimes[request.request_id] = Lifetimes.of(
                 self._section, self._manager.kv_cache_spec.eviction_units
             )
@@ -173,20 +220,37 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
             covered = computed[req_id] + tokens
             request = self._requests[req_id]
             remaining = max(request.num_tokens - covered, 0)
-            last = remaining == 0 and request.num_output_tokens + 1 >= request.max_tokens
+            outputs = request.num_output_tokens + request.num_output_placeholders  # the latter are in flight
+            last = remaining == 0 and outputs + 1 >= request.max_tokens
             ahead = self._ahead * max(min(remaining, self._chunk), 1)
-            blocks = [block.block_id for block in grants.take_unsent()]
+            blocks, grants.told = [block.block_id for block in grants.take_unsent()], covered
             # vLLM counts all that came before into the prompt of a session that goes on: what was decided stays decided.
             prompt = self._prompts.setdefault(req_id, request.num_prompt_tokens)
             strength = self._strength(request)
             if self._pressure is not None:
                 self._applied.setdefault(req_id, Applied()).add(strength, tokens)
-            mapped = self._gates[req_id].map
+            start = self._manager.starting.pop(req_id, None) if grants.sent == len(blocks) else None
+            begins = covered == tokens or start is not None
             meta.grants[req_id] = StepGrant(
                 grants.epoch, blocks, tokens, covered, remaining, last, ahead, prompt, strength,
-                self._spared.get(req_id, ()) if covered == tokens else (), mapped,
+                self._spared.get(req_id, ()) if begins else (), self._gates[req_id].map,
+                None if start is None else start.name, self._snapshots_of(request, grants, covered),
             )  # fmt: skip
+        if self._snapshots is not None:
+            self._snapshots.settle()
+            meta.gone = self._snapshots.take_gone()
         return meta
+
+    def _snapshots_of(self, request: Request, grants: GrantLog, covered: int) -> Sequence[SnapshotOrder]:
+        """Those that a request leaves in a step that takes it to ``covered`` tokens."""
+        waiting = self._leave.get(request.request_id)
+        if not waiting or waiting[0] > covered:
+            return ()
+        assert self._snapshots is not None
+        now = [at for at in waiting if at <= covered]
+        self._leave[request.request_id] = waiting[len(now) :]
+        made = [self._snapshots.make(request, grants, at, *self._treatment(request)) for at in now]
+        return [order for order in made if order is not None]
 
     def _strength(self, request: Request) -> float:
         """Of a request's gates in this step."""
@@ -205,6 +269,9 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
             assert self._manager is not None
             for req_id, told in reports.reports.items():
                 for report in told:
+                    if self._snapshots is not None and req_id.startswith("\0"):
+                        self._snapshots.accept(req_id, report)
+                        continue
                     self._manager.accept(req_id, report)
                     if report.drops is not None and req_id in self._lifetimes:
                         self._lifetimes[req_id].add(report)
@@ -218,7 +285,11 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
             return PruneStats({f"seconds_{name}": value for name, value in seconds.items()}) if seconds else None
         if self._manager is None:
             return None
-        return self._manager.tally.take(self._manager.grants.values())
+        tally = self._manager.tally
+        if self._snapshots is not None:
+            tally.snapshots = len(self._snapshots)
+            tally.snapshot_bytes = self._snapshots.blocks * self._manager.kv_cache_spec.block_bytes
+        return tally.take(self._manager.grants.values())
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
@@ -236,8 +307,8 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         summary = self._summary(request)
         assert self._manager is not None
-        kept = (self._requests, self._prompts, self._gates, self._applied, self._spared, self._lifetimes,
-                self._manager.expected_keep)  # fmt: skip
+        kept = (self._requests, self._prompts, self._gates, self._applied, self._spared, self._lifetimes, self._leave,
+                self._manager.expected_keep, self._manager.starting)  # fmt: skip
         for known in kept:
             known.pop(request.request_id, None)
         return False, summary

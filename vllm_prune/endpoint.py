@@ -20,7 +20,7 @@ from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from vllm_prune.config import SECTION
+from vllm_prune.config import MAX_TOKENS, SECTION
 from vllm_prune.demo.source import pieces
 from vllm_prune.live_map import PATH
 from vllm_prune.requests import MAP, STRENGTH
@@ -37,7 +37,7 @@ class MapRequest(BaseModel):
     Attributes:
         prompt: text, or token ids.
         model: as served; any when left out.
-        max_tokens: to generate, greedily.
+        max_tokens: to generate, greedily; as many as fit the model.
         strength: of the gates; the server's when left out.
     """
 
@@ -45,7 +45,7 @@ class MapRequest(BaseModel):
 
     prompt: str | list[int]
     model: str | None = None
-    max_tokens: int = Field(32, ge=LEAST_TOKENS)
+    max_tokens: int = Field(32, ge=LEAST_TOKENS, le=MAX_TOKENS)
     strength: float | None = None
 
 

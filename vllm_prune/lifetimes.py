@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 import zlib
 from dataclasses import dataclass, field
 from typing import Any
@@ -112,7 +113,7 @@ def unpack(answer: dict[str, Any]) -> np.ndarray:
     again = "Ask again, with the same version of vllm-prune at both ends."
     try:
         shape = tuple(int(answer[name]) for name in ("layers", "units", "tokens"))
-        size = 4 * int(np.prod(shape))
+        size = 4 * math.prod(shape)  # NumPy's product wraps, and a size of 0 would unpack without end
         if min(shape) < 1 or size > 4 * CELLS:
             raise ValueError(f"its shape is {list(shape)}")
         unzip = zlib.decompressobj()

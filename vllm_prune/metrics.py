@@ -36,6 +36,8 @@ GAUGES = {
     "held_blocks": "KV cache blocks that running requests hold.",
     "dense_blocks": "KV cache blocks that stock vLLM would hold for them.",
     "stranded_slots": "Places for a token of one head that are empty in head-pages in use.",
+    "snapshots": "Beginnings of prompts whose compressed state is held for other requests.",
+    "snapshot_bytes": "Bytes of the blocks that these are in, of all ranks.",
     "strength_share": "Share of their full strength that gates are given now (below 1 with the option pressure only).",
 }
 SECONDS = {
@@ -102,7 +104,7 @@ class Tally:
         units: E, of all ranks.
         ranks: how many there are.
 
-    ``level``: share of their full strength that gates are given.
+    ``level``: share of their full strength that gates are given. ``snapshots``, ``snapshot_bytes``: held now.
     """
 
     geometry: LaneGeometry
@@ -112,17 +114,18 @@ class Tally:
     kept: dict[str, list[float]] = field(default_factory=dict)
     summed_up: float = 0.0
     level: float = 1.0
+    snapshots: int = 0
+    snapshot_bytes: int = 0
 
     def add(self, name: str, count: int) -> None:
         if count:
             self.counts[name] = self.counts.get(name, 0) + count
 
-    def report(self, before: LaneReport | None, now: LaneReport, returned: int) -> None:
-        """A request's report was taken in. ``before``: its last one; ``returned``: blocks that this one gave back."""
+    def report(self, before: LaneReport | None, now: LaneReport) -> None:
+        """A request's report was taken in. ``before``: its last one."""
         old = before or LaneReport(now.epoch, 0, (), 0, 0)
         self.add("keys_dropped", now.dropped - old.dropped)
         self.add("keys_computed", now.dropped + now.held - old.dropped - old.held)
-        self.add("blocks_returned", returned)
 
     def ended(self, report: LaneReport) -> None:
         """A request ended with this."""
@@ -132,7 +135,7 @@ class Tally:
     def gauges(self, running: Iterable[GrantLog]) -> dict[str, float]:
         """Of the requests that run now."""
         g, found = self.geometry, dict.fromkeys(GAUGES, 0.0)
-        found["strength_share"] = self.level
+        found.update(strength_share=self.level, snapshots=self.snapshots, snapshot_bytes=self.snapshot_bytes)
         # A K/V page has a place for N tokens of one head; a gate key fills r / 2 D of one.
         places = (g.num_kv_heads + g.gate_lanes * g.gate_rank / (2 * g.head_size)) * self.ranks / self.units
         for log in running:

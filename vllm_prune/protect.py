@@ -12,9 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_prune.chat import Markers, Span
+from vllm_prune.errors import short
 
 DEFAULT = "system,markers"
 WORDS = "system, markers, message:K, message:K-L, A:B (tokens of the prompt, B not included), none"
+MOST_WORDS = 1000
+"""Of one request: spans are found between two steps of the engine."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,9 @@ class Protect:
             messages = markers.messages(ids)
             if self.markers and messages:  # of a chat: a lone special token is no marker of one
                 found += markers.marks(ids)
-            for index, (role, span) in enumerate(messages):
-                if (self.system and role == "system") or any(a <= index <= b for a, b in self.messages):
-                    found.append(span)
+            found += [span for role, span in messages if self.system and role == "system"]
+            for first, after in join([(first, last + 1) for first, last in self.messages]):
+                found += [span for _, span in messages[first:after]]
         return join(found)
 
 
@@ -63,8 +66,10 @@ def join(spans: Sequence[Span]) -> tuple[Span, ...]:
 def parse_protect(value: object) -> Protect:
     """Raises ValueError with what is wrong and which words there are."""
     if not isinstance(value, str):
-        raise ValueError(f"must be text, got {value!r}. Words: {WORDS}.")
-    words = [word.strip() for word in value.split(",")]
+        raise ValueError(f"must be text, got {short(value)}. Words: {WORDS}.")
+    words = [word.strip() for word in value.split(",", MOST_WORDS)]
+    if len(words) > MOST_WORDS:
+        raise ValueError(f"has more than {MOST_WORDS} words.")
     system = markers = False
     messages: list[Span] = []
     tokens: list[Span] = []
@@ -80,11 +85,11 @@ def parse_protect(value: object) -> Protect:
         elif match := re.fullmatch(r"(\d{1,9}):(\d{1,9})", word):
             tokens.append(_ordered(word, int(match[1]), int(match[2])))
         else:
-            raise ValueError(f"has the word {word!r}, which is none of: {WORDS}.")
+            raise ValueError(f"has the word {short(word)}, which is none of: {WORDS}.")
     return Protect(system, markers, tuple(messages), tuple(tokens))
 
 
 def _ordered(word: str, first: int, last: int) -> Span:
     if first > last:
-        raise ValueError(f"has {word!r}, which ends before it begins.")
+        raise ValueError(f"has {short(word)}, which ends before it begins.")
     return first, last

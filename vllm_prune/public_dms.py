@@ -12,8 +12,6 @@ or both claims are made, the folder is refused until ``dms_format`` says it.
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,12 +30,15 @@ from vllm_prune.config import (
     gate_states,
     load_gates,
 )
-from vllm_prune.errors import PruneError
+from vllm_prune.errors import PruneError, short
+from vllm_prune.json_text import parse
 
 BASES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 """Bases that public DMS checkpoints are known of: ``model_type`` to architecture."""
 
 METADATA, TRAINING_LOG = "dms_metadata.json", "training_log.json"
+MOST_BYTES = 2**20
+"""Of such a file; theirs have a few hundred."""
 STATED = ("dms_format", "dms_expected_keep")
 """Fields of ours, which no checkpoint has: a user states them."""
 
@@ -71,7 +72,11 @@ def _fields(config: Any) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            raw = file.read(MOST_BYTES + 1)
+        if len(raw) > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
+        data = parse(raw)
     except (OSError, ValueError) as error:
         raise PruneError(f"{path.name} cannot be read: {error}.", "Copy the checkpoint again.") from None
     data = data.get("config", data) if isinstance(data, dict) else data
@@ -103,7 +108,9 @@ def _metadata(model: str, revision: str | None, named: bool) -> tuple[str, dict[
 
 
 def _names_nvidia(config: Any) -> bool:
-    auto_map = getattr(config, "auto_map", None) or {}
+    auto_map = getattr(config, "auto_map", None)
+    if not isinstance(auto_map, dict):
+        return False
     named = [x for value in auto_map.values() for x in (value if isinstance(value, list | tuple) else [value])]
     return any(isinstance(x, str) and _NVIDIA_MODULE.search(x) for x in named)
 
@@ -112,9 +119,9 @@ def _format_of(config: Any, fields: dict[str, Any], has_metadata: bool) -> str:
     """``nvidia`` or ``fastdms``. Raises PruneError where nothing tells, or both are claimed."""
     stated = fields.get("dms_format")
     if stated is not None:
-        if stated not in _KNOWN:
-            raise PruneError(f"dms_format is {stated!r}, not 'nvidia' or 'fastdms'.", WAY_OUT)
-        return str(stated)
+        if not isinstance(stated, str) or stated not in _KNOWN:
+            raise PruneError(f"dms_format is {short(stated)}, not 'nvidia' or 'fastdms'.", WAY_OUT)
+        return stated
     nvidia = _names_nvidia(config) or any(name in fields for name in (*_MODELOPT, *_MODELOPT_IDLE))
     if nvidia and has_metadata:
         raise PruneError(
@@ -130,8 +137,8 @@ def _format_of(config: Any, fields: dict[str, Any], has_metadata: bool) -> str:
 
 
 def _number(name: str, where: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise PruneError(f"{name} in {where} must be a finite number, got {value!r}.", "Correct it.")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e30:
+        raise PruneError(f"{name} in {where} must be a finite number, got {short(value)}.", "Correct it.")
     return float(value)
 
 
@@ -165,7 +172,7 @@ def _decisive(fields: dict[str, Any], metadata: tuple[str, dict[str, Any]] | Non
 def _flag(fields: dict[str, Any], name: str) -> bool:
     value = fields.get(name, False)
     if not isinstance(value, bool):
-        raise PruneError(f"{name} in config.json must be true or false, got {value!r}.", "Correct it.")
+        raise PruneError(f"{name} in config.json must be true or false, got {short(value)}.", "Correct it.")
     return value
 
 
@@ -187,9 +194,9 @@ def public_section(config: Any, model: str, revision: str | None = None) -> dict
     metadata = _metadata(model, revision, bool(fields))
     if not fields and metadata is None:
         return None
-    if config.model_type not in BASES:
+    if not isinstance(config.model_type, str) or config.model_type not in BASES:
         raise PruneError(
-            f"DMS checkpoints of model_type '{config.model_type}' are not known.", f"Known: {', '.join(BASES)}."
+            f"DMS checkpoints of model_type {short(config.model_type)} are not known.", f"Known: {', '.join(BASES)}."
         )
     kind = _format_of(config, fields, metadata is not None)
     for name in sorted(set(fields) - set(STATED) - set(_KNOWN[kind])):
@@ -209,7 +216,7 @@ def public_section(config: Any, model: str, revision: str | None = None) -> dict
         "about": "own" if kind == "fastdms" else "previous",
     }  # fmt: skip
     if separate:
-        params["eps"] = float(config.rms_norm_eps)
+        params["eps"] = _number("rms_norm_eps", "config.json", config.rms_norm_eps)
     return {
         "method": "dms", "params": params, "tensors": "base",
         "strength": 0.0 if _flag(fields, "dms_disable_eviction") else 1.0,
@@ -249,7 +256,10 @@ def public_gates(tensors: dict[str, torch.Tensor], section: DropGateConfig) -> l
         match = _TENSOR.match(name)
         assert match is not None
         layer, module, part = match.groups()
-        names[f"{TENSOR_PREFIX}.{layer}.{_NAMES.get(module, module)}.{part}"] = name
+        ours = f"{TENSOR_PREFIX}.{layer}.{_NAMES.get(module, module)}.{part}"
+        if ours in names:
+            raise PruneError(f"'{name}' is in the weights twice, as '{names[ours]}' too.", "Copy the checkpoint again.")
+        names[ours] = name
 
     def shown(ours: str) -> str:
         layer, _, rest = ours.removeprefix(TENSOR_PREFIX + ".").partition(".")
@@ -264,12 +274,14 @@ def _folder_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     for path in sorted(folder.glob("*.safetensors")):
         if path.name == GATE_FILE:
             continue
+        if not path.is_file():  # a pipe would be waited for
+            raise PruneError(f"{path.name} is no file.", "Copy the checkpoint again.")
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (a file, no dict)
                     if is_public_tensor(name):
                         yield name, file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:
             raise PruneError(f"{path.name} cannot be read: {error}.", "Copy the checkpoint again.") from None
 
 

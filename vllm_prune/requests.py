@@ -6,13 +6,12 @@ Read twice with the same result: in the front end, where a bad value gets its re
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_prune.config import MAX_STRENGTH, DropGateConfig
-from vllm_prune.errors import PruneError
+from vllm_prune.errors import PruneError, short
 from vllm_prune.gates import GATES, by_token
 from vllm_prune.protect import Protect, parse_protect
 
@@ -51,7 +50,11 @@ class RequestGates:
 
 
 def request_gates(
-    asked: Mapping[str, Any] | None, section: DropGateConfig, floor: float = 0.0, maps: bool = False
+    asked: Mapping[str, Any] | None,
+    section: DropGateConfig,
+    floor: float = 0.0,
+    maps: bool = False,
+    tokens: int | None = None,
 ) -> RequestGates:
     """What a request gets.
 
@@ -61,6 +64,8 @@ def request_gates(
         floor: kept fraction that no request may go below by its own wish; 0 allows everything. What the server itself was
             started with is never refused.
         maps: requests may ask for their maps: these take memory, and say something about the prompt.
+        tokens: that the request has at most, prompt and answer: what a strength keeps depends on it. None where it is not
+            known yet: whether a field can be met does not depend on it.
 
     Raises:
         BadField: an unknown field, a bad value, or two fields that exclude each other.
@@ -81,7 +86,7 @@ def request_gates(
     if not wanted:
         return RequestGates(section.strength, section.expected_keep, protect, mapped)
     (field,) = wanted
-    found = section.at_strength(0.0 if off else _strength(fields, field, section))
+    found = section.at_strength(0.0 if off else _strength(fields, field, section, tokens), tokens)
     if found.strength > 0.0 and section.strength == 0.0:
         raise BadField(field, "cannot be met: this server was started with every gate open.",
                        "Leave it out, or start the server with a strength above 0.")  # fmt: skip
@@ -93,7 +98,7 @@ def request_gates(
 def _flag(fields: Mapping[str, Any], field: str, meaning: str) -> bool:
     value = fields.get(field, False)
     if not isinstance(value, bool | int) or value not in (0, 1):
-        raise BadField(field, f"must be true or false, got {value!r}.", meaning)
+        raise BadField(field, f"must be true or false, got {short(value)}.", meaning)
     return bool(value)
 
 
@@ -113,20 +118,20 @@ def may_protect(section: DropGateConfig) -> bool:
     return by_token(gate.reveal, gate.routes)
 
 
-def _strength(fields: Mapping[str, Any], field: str, section: DropGateConfig) -> float:
+def _strength(fields: Mapping[str, Any], field: str, section: DropGateConfig, tokens: int | None) -> float:
     value = fields[field]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise BadField(field, f"must be a number, got {value!r}.", "Correct it.")
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:  # NaN
+        raise BadField(field, f"must be a number, got {short(value)}.", "Correct it.")
     if field == STRENGTH:
         if not 0.0 <= value <= MAX_STRENGTH:
             raise BadField(
-                field, f"must lie in 0..{MAX_STRENGTH:g}, got {value:g}.", "0 opens every gate, 1 is as trained."
+                field, f"must lie in 0..{MAX_STRENGTH:g}, got {short(value)}.", "0 opens every gate, 1 is as trained."
             )
         return float(value)
     if not 0.0 < value <= 1.0:
-        raise BadField(field, f"must lie in 0..1, above 0, got {value:g}.", "It is the share of keys to keep.")
+        raise BadField(field, f"must lie in 0..1, above 0, got {short(value)}.", "It is the share of keys to keep.")
     try:
-        return section.strength_for(float(value))
+        return section.strength_for(float(value), tokens)
     except PruneError as error:
         raise BadField(field, f"cannot be met: {error.problem}", error.way_out) from None
 

@@ -13,11 +13,18 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+import http_fuzz
 import httpx
 import numpy as np
 import pytest
+import schemathesis
 import torch
+from fuzz import examples
+from hypothesis import given
+from hypothesis import strategies as st
 from openai import BadRequestError, OpenAI
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
 from support import VOCAB, save_gated, tiny_config
 from test_serve import TEXT, Server, serving
 from transformers import AutoTokenizer
@@ -26,6 +33,8 @@ from vllm_prune_training.tokenizer import train_tokenizer
 
 from vllm_prune.gates import NEVER
 from vllm_prune.lifetimes import unpack
+from vllm_prune.live_map import PATH
+from vllm_prune.requests import FIELDS
 
 pytestmark = pytest.mark.slow
 
@@ -100,8 +109,8 @@ def post(server: Server, body: Any, key: str = KEY) -> httpx.Response:
 def test_the_endpoint(server, folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer(PROMPT).input_ids
-    for given in (PROMPT, prompt):
-        answer = post(server, {"prompt": given, "max_tokens": 20, "model": "mapped"}).raise_for_status().json()
+    for one in (PROMPT, prompt):
+        answer = post(server, {"prompt": one, "max_tokens": 20, "model": "mapped"}).raise_for_status().json()
         assert answer["map"]["prompt_tokens"] == len(prompt) and answer["model"] == "mapped"
         text = answer["text"]
         assert "".join(text[: len(prompt)]) == "<|bos|>" + PROMPT
@@ -131,6 +140,71 @@ def test_a_wrong_wish_is_the_clients_error(server, body, status, said):
 
 def test_nobody_without_the_key(server):
     assert post(server, {"prompt": "x"}, key="other").status_code == 401
+
+
+# Random bodies -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def answers(server) -> Iterator[Any]:
+    """What good requests are answered: the same before all bad ones and after them, with nothing left behind."""
+    before = http_fuzz.facts(server, KEY)
+    yield before
+    assert http_fuzz.facts(server, KEY) == before
+
+
+@examples(40, 1000)
+@given(body=http_fuzz.MAPS)
+def test_any_body_of_our_route(server, answers, body):
+    response = http_fuzz.post(server, PATH, http_fuzz.content(body), KEY)
+    if http_fuzz.check(response):
+        assert unpack(response.json()["map"]).shape[:2] == (3, 2)
+
+
+@examples(40, 1000)
+@given(wishes=http_fuzz.WISHES, chat=st.booleans())
+def test_any_wish(server, answers, wishes, chat):
+    """An error names a field that was sent, or the place of a value that no field may have."""
+    good = http_fuzz.GOOD_CHAT if chat else {"model": "mapped", "prompt": TEXT, "max_tokens": 2}
+    path = http_fuzz.CHAT if chat else http_fuzz.COMPLETION
+    response = http_fuzz.post(server, path, http_fuzz.content({**good, "vllm_xargs": wishes}), KEY)
+    if not http_fuzz.check(response, *wishes, "vllm_xargs", "extra_args", "surrogates"):
+        return
+    assert set(wishes) <= set(FIELDS)
+
+
+@pytest.mark.parametrize("case", http_fuzz.RAW)
+def test_bodies_that_are_none(server, answers, case):
+    http_fuzz.check(http_fuzz.post(server, PATH, http_fuzz.RAW[case], KEY))
+
+
+@pytest.mark.parametrize("case", http_fuzz.RAW_WISHES)
+def test_wishes_that_are_none(server, answers, case):
+    body = http_fuzz.content({**http_fuzz.GOOD_CHAT, "vllm_xargs": "HERE"})
+    assert not http_fuzz.check(
+        http_fuzz.post(server, http_fuzz.CHAT, body.replace(b'"HERE"', http_fuzz.RAW_WISHES[case]), KEY)
+    )
+
+
+@pytest.fixture(scope="module")
+def route(server) -> Any:
+    """Our route as the server's own OpenAPI schema has it."""
+    schema = server.get("/openapi.json").raise_for_status().json()
+    return schemathesis.openapi.from_dict(schema)[PATH]["POST"]
+
+
+@pytest.mark.parametrize("mode", [*GenerationMode])
+def test_what_the_schema_allows_and_forbids(server, answers, route, mode):
+    """Bodies and headers that Schemathesis makes of the schema, right and wrong ones: no answer is the server's error."""
+
+    @examples(15, 1000)
+    @given(case=route.as_strategy(generation_mode=mode))
+    def run(case: Any) -> None:
+        response = case.call(base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=http_fuzz.SECONDS)
+        assert response.status_code < 500, response.text
+        case.validate_response(response, checks=[not_a_server_error])
+
+    run()
 
 
 def command(server: Server, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -167,6 +241,11 @@ def test_the_page(page, server):
 def test_a_wrong_key_is_told(server, tmp_path):
     done = command(server, tmp_path, "--api-key", "other")
     assert done.returncode == 2 and "HTTP 401" in done.stderr
+
+
+def test_a_page_that_finds_no_room_is_told(server, tmp_path):
+    done = command(server, tmp_path, "--out", "/dev/full")
+    assert done.returncode == 2 and "/dev/full cannot be written: [Errno 28] No space left on device" in done.stderr
 
 
 # In a browser -----------------------------------------------------------------------------------------------------------

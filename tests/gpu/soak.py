@@ -36,11 +36,11 @@ class Load:
         self.sample: list[Any] = []
 
     def arrive(self) -> None:
+        from mixed_load import draw_lengths, draw_tokens
         from vllm import SamplingParams
 
-        length = min(int(self.rng.lognormvariate(4.5, 1.2)) + 1, LONGEST - 2)
-        most = min(int(self.rng.lognormvariate(4.0, 0.8)) + 1, LONGEST - length)
-        ids = [self.rng.randrange(3, self.vocab) for _ in range(length)]
+        length, most = draw_lengths(self.rng, LONGEST)
+        ids = draw_tokens(self.rng, length, self.vocab)
         params = SamplingParams(temperature=0, max_tokens=most, ignore_eos=True, detokenize=False)
         name, self.number = f"r{self.number}", self.number + 1
         self.core.add_request(name, {"prompt_token_ids": ids}, params)

@@ -1,4 +1,5 @@
-"""Broken checkpoints and options: refused while the configuration is made, each with a message naming what is wrong."""
+"""Broken checkpoints and options: refused while the configuration is made, each with a message naming what is wrong. Random ones
+are in ``tests/unit/fuzz``."""
 
 from __future__ import annotations
 
@@ -7,19 +8,15 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support import save_gated, tiny_config
 
-from vllm_prune.config import GATE_FILE, SECTION, DropGateConfig, load_gates, parse_drop_gate
-from vllm_prune.errors import PruneError
+from vllm_prune.config import GATE_FILE, SECTION
 
 LAYER = "drop_gate.layers.1"
 QK, BETA = f"{LAYER}.qk.weight", f"{LAYER}.beta"
@@ -306,75 +303,3 @@ def test_good_options(good, options):
 def test_option_replaces_a_bad_strength_of_the_checkpoint(folder):
     rewrite(folder, lambda data: data[SECTION].update(strength=-1))
     configure(folder, additional_config={"vllm_prune": {"strength": 1.0}})
-
-
-# Any section at all --------------------------------------------------------------------------------------------------
-
-BASE = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128}
-VALID = {"method": "dcp", "params": {"rank": 16}, "num_layers": 3, "num_kv_heads": 2, "hidden_size": 128}
-
-SCALARS = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.integers(-1, 70), st.sampled_from([10**400, 2**31, 2**62, -(2**63), 0]),
-    st.floats(), st.text(max_size=8), st.sampled_from(["dcp", "dms", "auto", "float32"]),
-)  # fmt: skip
-NAMES = st.one_of(
-    st.sampled_from([*DropGateConfig.model_fields, "rank", "beta", "delay", "eps", "sinks", "window", "shape", "self"]),
-    st.text(max_size=6),
-)
-JSON = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=5), max_leaves=12
-)
-FIELDS = st.sampled_from([*DropGateConfig.model_fields])
-PARAMS = st.dictionaries(
-    st.sampled_from(["rank", "beta", "delay", "eps", "shape", "depth", "span", "grid", "theta", "least"]),
-    SCALARS,
-    max_size=3,
-)
-PROTECT = st.dictionaries(st.sampled_from(["sinks", "window", "tail"]), SCALARS, max_size=2)
-SECTION_LIKE = st.one_of(
-    JSON,
-    st.dictionaries(NAMES, JSON, max_size=8),
-    # One or two fields of a valid section spoilt, or its parameters: the deep end, where most checks passed already.
-    st.dictionaries(FIELDS, JSON, min_size=1, max_size=2).map(lambda changes: {**VALID, **changes}),
-    st.tuples(st.sampled_from(["dcp", "dms", "ltp", "acc"]), PARAMS, PROTECT).map(
-        lambda three: {**VALID, "method": three[0], "params": three[1], "protect": three[2]}
-    ),
-)
-
-
-@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(section=SECTION_LIKE, strength=st.none() | st.floats(0, 16))
-def test_any_section_is_valid_or_refused(section, strength):
-    config = SimpleNamespace(drop_gate=section, **BASE)
-    try:
-        parsed = parse_drop_gate(config, strength)
-    except PruneError as error:
-        assert str(error).startswith("vllm-prune: ")
-        assert "drop_gate" in error.problem
-        assert error.way_out
-        return
-    assert (parsed.num_layers, parsed.num_kv_heads, parsed.hidden_size) == (3, 2, 128)
-    assert 0 <= parsed.strength <= 16
-    assert 0 < parsed.expected_keep <= 1
-
-
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(data=st.data())
-def test_any_damage_to_the_gate_file_is_loaded_or_refused(good, tmp_path_factory, data):
-    """Bytes changed or cut anywhere: gates that are all finite, or a PruneError; never another exception."""
-    raw = bytearray((good / GATE_FILE).read_bytes())
-    header = int.from_bytes(raw[:8], "little") + 8
-    for _ in range(data.draw(st.integers(0, 3))):
-        where = data.draw(st.one_of(st.integers(0, header - 1), st.integers(0, len(raw) - 1)))
-        raw[where] = data.draw(st.integers(0, 255))
-    if data.draw(st.booleans()):
-        del raw[data.draw(st.integers(0, len(raw))) :]
-    path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
-    path.write_bytes(raw)
-    section = DropGateConfig.model_validate(VALID)
-    try:
-        layers = load_gates(str(path), section)
-    except PruneError as error:
-        assert GATE_FILE in error.problem
-        return
-    assert all(bool(tensor.isfinite().all()) for state in layers for tensor in state.values())

@@ -13,10 +13,8 @@ from test_request_strength import folder_of, greedy
 from vllm.exceptions import VLLMValidationError
 
 from vllm_prune import lifetimes
-from vllm_prune.errors import PruneError
 from vllm_prune.gates import NEVER
 from vllm_prune.lifetimes import unpack
-from vllm_prune.models.hook import check_maps
 
 MAPS: dict[str, Any] = {"additional_config": {"vllm_prune": {"maps": True}}}
 ASKED = {"prune.map": True}
@@ -115,7 +113,7 @@ def test_refusals(tmp_path, monkeypatch):
         for wrong in ("yes", 2, 0.5, None):
             with pytest.raises(VLLMValidationError, match=r"prune\.map must be true or false"):
                 llm.generate(prompts([8]), greedy({"prune.map": wrong}), use_tqdm=False)
-        with pytest.raises(VLLMValidationError, match=r"prune\.map maps one sequence"):
+        with pytest.raises(VLLMValidationError, match=r"refused \(map-of-several\): prune\.map maps one"):
             llm.generate(prompts([8]), greedy(ASKED, n=2, temperature=0.5), use_tqdm=False)
         monkeypatch.setattr(lifetimes, "CELLS", 3 * 60)
         (fits,) = llm.generate(prompts([50]), greedy(ASKED, tokens=12), use_tqdm=False)
@@ -127,12 +125,3 @@ def test_refusals(tmp_path, monkeypatch):
         (short,) = llm.generate(prompts([50]), greedy(ASKED, tokens=1), use_tqdm=False)
         assert short.kv_transfer_params is None
         forgotten(llm)
-
-
-def test_a_gpu_and_several_ranks_refuse():
-    with pytest.raises(PruneError, match=r"refused \(maps-on-gpu\)"):
-        check_maps("cuda", 1, {"maps": True})
-    with pytest.raises(PruneError, match=r"refused \(maps-on-ranks\)"):
-        check_maps("cpu", 2, {"maps": True})
-    check_maps("cuda", 2, {"maps": False})
-    check_maps("cpu", 1, {"maps": True})

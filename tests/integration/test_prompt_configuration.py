@@ -82,7 +82,7 @@ def test_a_users_own_processors_stay(ltp):
     ],
 )  # fmt: skip
 def test_options_that_want_chunks_are_refused(ltp, options: dict[str, Any], said: str):
-    refused(ltp, "refused (whole-prompts)", said, "Leave --", **options)
+    refused(ltp, "refused (whole-prompts", said, "Leave --", **options)
 
 
 def test_the_generic_class_cannot_skip(tmp_path):

@@ -73,7 +73,7 @@ def test_wrong_wishes(tmp_path):
     folder = folder_of("dcp", tmp_path)
     with engine(folder) as llm:
         for asked, words in ((TOO_MANY, "has the word 'sistem'"), ({"prune.protect": 3}, "must be text"),
-                             ({"prune.protect": "system"}, "messages cannot be found")):  # fmt: skip
+                             ({"prune.protect": "system"}, r"refused \(protect-of-chat\)")):  # fmt: skip
             with pytest.raises(VLLMValidationError, match=words):
                 llm.generate(prompts([9]), greedy(asked), use_tqdm=False)
         assert llm.generate(prompts([9]), greedy({"prune.protect": "none"}), use_tqdm=False)
@@ -90,7 +90,11 @@ def test_gates_that_decide_about_many_keys_refuse_it(tmp_path):
 
 @pytest.mark.parametrize(
     ("option", "words"),
-    [("system", r"refused \(protect\): the tokenizer has no chat"), ("all", "has the word 'all'"), (5, "must be text")],
+    [
+        ("system", r"refused \(protect-chat\): the tokenizer has no chat"),
+        ("all", "has the word 'all'"),
+        (5, "must be text"),
+    ],
 )
 def test_options_are_refused(tmp_path, option, words):
     folder = folder_of("dcp", tmp_path)

@@ -220,7 +220,6 @@ SERVED: dict[str, tuple[Build, dict[str, Any]]] = {
     "no_flags": (QWEN3, {}),
     "bfloat16": (QWEN3, {"dtype": "bfloat16", "kv_cache_dtype": "bfloat16"}),
     "blocks_of_64": (QWEN3, {"block_size": 64}),
-    "prefix_caching_asked_for": (QWEN3, {"enable_prefix_caching": True}),
     "llama": (gated(tiny_config("llama"), "PrunedLlamaForCausalLM"), {}),
     "mistral_without_window": (family("mistral", sliding_window=None), {}),
     "qwen2_window_off": (family("qwen2", use_sliding_window=False, sliding_window=64), {}),
@@ -233,7 +232,7 @@ def test_not_refused(case, tmp_path):
     build, options = SERVED[case]
     config = configure(build(tmp_path), **options)
     assert config.kv_transfer_config.kv_connector == compat.CONNECTOR
-    assert not config.cache_config.enable_prefix_caching
+    assert config.cache_config.enable_prefix_caching, "as vLLM's default is"
     assert config.cache_config.block_size % 32 == 0
 
 

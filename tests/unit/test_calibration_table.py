@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -68,6 +69,32 @@ def test_the_weakest_strength_of_a_plateau() -> None:
             made.strength_at(outside)
 
 
+LENGTHS = {"lengths": [16, 32], "rows": [row(0.0, 1.0, shorter=[1.0, 1.0]), row(1.0, 0.4, shorter=[0.8, 0.6]),
+                                        row(3.0, 0.1, shorter=[0.5, 0.3])]}  # fmt: skip
+
+
+def test_shorter_texts_keep_more() -> None:
+    made = Calibration.model_validate(table(**LENGTHS))
+    for tokens, want in ((64, 0.4), (1000, 0.4), (None, 0.4), (32, 0.6), (16, 0.8), (4, 0.9), (1, 1.0), (0, 1.0)):
+        assert made.keep_at(1.0, tokens) == pytest.approx(want), tokens
+    assert made.keep_at(1.0, 23) == pytest.approx(0.8 - 0.2 * math.log2(23 / 16))
+    assert made.strength_at(0.4, 64) == 1.0 < made.strength_at(0.4, 32) < 3.0
+    assert made.strength_at(0.2, 16) == 3.0, "the strongest that was measured keeps more than was asked for"
+    assert Calibration.model_validate(table(*PAIRS)).keep_at(1.0, 2) == pytest.approx(0.3), "an older table"
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.floats(0.1, 1.0), st.integers(1, 80))
+def test_at_any_length(keep: float, tokens: int) -> None:
+    made = Calibration.model_validate(table(**LENGTHS))
+    strength = made.strength_at(keep, tokens)
+    least = made.kept_of(tokens)[-1]
+    assert made.keep_at(strength, tokens) == pytest.approx(max(keep, least), abs=1e-6)
+    assert strength >= made.strength_at(keep) - 1e-9, (
+        "fewer tokens keep more: as much is dropped only with more strength"
+    )
+
+
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=12))
 def test_isotonic_regression(values: list[float]) -> None:
@@ -106,8 +133,14 @@ BROKEN = {
     "other length": table(*PAIRS, length=65),
     "other version": table(*PAIRS, version=2),
     "unknown field": table(*PAIRS, colour="red"),
+    "lengths fall": table(**{**LENGTHS, "lengths": [32, 16]}),
+    "length beyond": table(**{**LENGTHS, "lengths": [16, 64]}),
+    "a length too many": table(**{**LENGTHS, "lengths": [8, 16, 32]}),
+    "shorter grows": table(lengths=[16], rows=[row(0.0, 1.0, shorter=[1.0]), row(1.0, 0.4, shorter=[0.5]),
+                                               row(2.0, 0.3, shorter=[0.6])]),
+    "shorter open row drops": table(lengths=[16], rows=[row(0.0, 1.0, shorter=[0.9]), row(1.0, 0.4, shorter=[0.5])]),
     "nan": table((0.0, 1.0), (1.0, float("nan"))),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BROKEN)

@@ -42,7 +42,7 @@ def baseline_section(
     if not (base_dir / "config.json").is_file():
         raise PruneError(f"{base_dir} has no config.json.", "Give a local Hugging Face model folder.")
     try:
-        config = AutoConfig.from_pretrained(base_dir)
+        config = AutoConfig.from_pretrained(base_dir, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise PruneError(f"{base_dir}/config.json cannot be read: {error}.", "Give a Hugging Face decoder.") from None
     if hasattr(config, SECTION):

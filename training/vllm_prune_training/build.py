@@ -28,6 +28,7 @@ from vllm_prune.gates.borrowed import borrow
 from vllm_prune.gates.ftp import share_router
 
 from .boundary_recipe import BOUNDARY_METHODS
+from .export_files import load_model
 from .families import attention_modules, check_config, gate_shape, probe, same_attention, without_dropout
 from .masked import GatedModel
 from .objectives import TrainedModel
@@ -44,7 +45,7 @@ def base_config(folder: str) -> PretrainedConfig:
     if not (Path(folder) / "config.json").is_file():
         raise PruneError(f"{folder} is no model folder: it has no config.json.", "Set model to a Hugging Face folder.")
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         raise PruneError(f"config.json of {folder} is not understood: {error}.", "Correct it.") from None
     check_config(config, folder)
@@ -95,7 +96,7 @@ def make_tokenizer(recipe: Recipe, longest: int) -> PreTrainedTokenizerBase:
         assert recipe.model.new.tokenizer_vocab is not None
         return train_tokenizer(_texts(recipe, TOKENIZER_CHARS), recipe.model.new.tokenizer_vocab, longest)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise PruneError(f"the tokenizer in {folder} cannot be loaded: {error}.", "Put its files there.") from None
     if not tokenizer.is_fast:
@@ -115,9 +116,9 @@ def make_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedM
         gate_section(recipe, config)
     torch.manual_seed(recipe.training.seed)
     if new is None:
-        model = AutoModelForCausalLM.from_pretrained(recipe.model, config=config, dtype=torch.float32)
+        model = load_model(recipe.model, config, torch.float32)
     else:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -186,7 +187,7 @@ def make_teacher(recipe: Recipe) -> PreTrainedModel | None:
         raise PruneError("a new model has nothing to teach: objective has a KL loss.", "Name a teacher folder.")
     config = base_config(folder)
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
-    teacher = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
+    teacher = load_model(folder, config, dtype)
     return teacher.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 

@@ -112,7 +112,7 @@ def open_checkpoint(folder: Path) -> tuple[GatedModel, Any]:
     if not (folder / "config.json").is_file():
         raise PruneError(f"{folder} is no model folder: it has no config.json.", "Name a gated checkpoint's folder.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise PruneError(f"{folder} has no tokenizer that loads: {error}.", "Copy the base's into it.") from None
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what is made of a folder without tokenizer files
@@ -163,19 +163,21 @@ def build_table(
     live = [point.live.mean().item() for point in points]
     smooth, smooth_live = non_increasing(kept), non_increasing(live)
     smooth[0] = smooth_live[0] = 1.0
+    lengths = tuple(points[0].shorter)
+    shorter = [non_increasing([point.shorter[t] for point in points]) for t in lengths]
     noise = max(abs(a - b) for a, b in zip([*kept, *live], [*smooth, *smooth_live], strict=True))
     length = windows.ids.shape[1]
     rows = tuple(
         CalibrationRow(
             strength=point.strength, kept=round(k, 6), live=round(v, 6), ppl=round(point.ppl, 6),
-            kl=round(point.kl, 6), length=length,
+            kl=round(point.kl, 6), length=length, shorter=[round(kept_at[i], 6) for kept_at in shorter],
         )
-        for point, k, v in zip(points, smooth, smooth_live, strict=True)
+        for i, (point, k, v) in enumerate(zip(points, smooth, smooth_live, strict=True))
     )  # fmt: skip
     safe = safe_strength([point.strength for point in points], [point.ppl for point in points], max_rise)
     return Calibration(
-        length=length, tokens=windows.ids.numel(), data_sha256=windows.sha256, gates_sha256=gates_sha256, dtype=dtype,
-        max_rise=max_rise, safe_strength=safe, noise=round(noise, 6), rows=rows,
+        length=length, lengths=lengths, tokens=windows.ids.numel(), data_sha256=windows.sha256,
+        gates_sha256=gates_sha256, dtype=dtype, max_rise=max_rise, safe_strength=safe, noise=round(noise, 6), rows=rows,
     )  # fmt: skip
 
 

@@ -20,8 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from vllm_prune.checkpoint import gated_architecture, save_gates, write_json
-from vllm_prune.config import GATE_FILE, SECTION, DropGateConfig, check_calibration, load_gates, parse_drop_gate
+from vllm_prune.config import (
+    GATE_FILE,
+    SECTION,
+    DropGateConfig,
+    check_calibration,
+    load_gates,
+    parse_drop_gate,
+    read_config_json,
+)
 from vllm_prune.errors import PruneError
+from vllm_prune.json_text import parse_object
 
 from .baseline_gates import baseline_section
 from .export_files import Placed, place, same_weights, weight_files, weight_hashes
@@ -124,12 +133,7 @@ def _base_config(base: Path) -> dict[str, Any]:
     path = base / "config.json"
     if not path.is_file():
         raise PruneError(f"{base} has no config.json.", "Name a local Hugging Face model folder with --base.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("no object")
-    except (ValueError, OSError) as error:
-        raise PruneError(f"{path} cannot be read: {error}.", "Name a Hugging Face model folder with --base.") from None
+    config = read_config_json(str(base))
     architectures = config.get("architectures")
     if config.pop(SECTION, None) is not None:  # a gated folder as the base: its weights alone count
         found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get("model_type", ""))
@@ -144,7 +148,7 @@ def _hf_config(base: Path, section: DropGateConfig) -> Any:
     from transformers import AutoConfig
 
     try:
-        found = AutoConfig.from_pretrained(base)
+        found = AutoConfig.from_pretrained(base, trust_remote_code=False)
         for name in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
             getattr(found, name)
     except (ValueError, OSError, KeyError, AttributeError) as error:
@@ -187,10 +191,7 @@ def _gates_of_folder(folder: Path) -> _Gates:
     for name in ("config.json", GATE_FILE):
         if not (folder / name).is_file():
             raise PruneError(f"{folder} is no gated folder: {name} is missing.", "Name one that training made.")
-    try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(SECTION)
-    except (ValueError, OSError, AttributeError) as error:
-        raise PruneError(f"{folder}/config.json cannot be read: {error}.", "Name a gated folder.") from None
+    raw = read_config_json(str(folder)).get(SECTION)
     if raw is None:
         raise PruneError(f"{folder}/config.json has no '{SECTION}' section.", "Name a gated folder.")
     return _Gates(_section(raw, f"{folder}/config.json"), folder / GATE_FILE, folder)
@@ -209,7 +210,7 @@ def _gates_of_file(path: Path, options: ExportOptions) -> _Gates:
         if options.method or options.params:
             raise PruneError("--method and --params are given, but the gate file has its own.", "Leave them out.")
         try:
-            return _Gates(_section(json.loads(metadata[SECTION]), str(path)), path, None)
+            return _Gates(_section(parse_object(metadata[SECTION]), str(path)), path, None)
         except ValueError as error:
             raise PruneError(f"the metadata of {path} is damaged: {error}.", "Copy the file again.") from None
     method = options.method or metadata.get("method")
@@ -217,7 +218,7 @@ def _gates_of_file(path: Path, options: ExportOptions) -> _Gates:
         raise PruneError(f"{path} does not say what its gates are.", "Give --method and --params, or the gated folder.")
     from transformers import AutoConfig
 
-    base = AutoConfig.from_pretrained(options.base)
+    base = AutoConfig.from_pretrained(options.base, trust_remote_code=False)
     heads = getattr(base, "num_key_value_heads", None) or base.num_attention_heads
     raw = {"method": method, "params": dict(options.params), "num_layers": base.num_hidden_layers,
            "num_kv_heads": heads, "hidden_size": base.hidden_size}  # fmt: skip
@@ -288,7 +289,7 @@ def _prove(folder: Path) -> None:
     """What the server will check, before anybody sees the folder."""
     from transformers import AutoConfig
 
-    found = parse_drop_gate(AutoConfig.from_pretrained(folder))
+    found = parse_drop_gate(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     load_gates(str(folder / GATE_FILE), found)
     check_calibration(str(folder / GATE_FILE), found)
 

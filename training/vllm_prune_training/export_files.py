@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from vllm_prune.config import GATE_FILE
 from vllm_prune.errors import PruneError
+from vllm_prune.json_text import parse_object
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
@@ -42,7 +43,7 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(parse_object(index.read_bytes())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
             raise PruneError(f"{index} cannot be read: {error!r}.", "Copy the base model again.") from None
     elif (folder / WHOLE).is_file():
@@ -62,6 +63,20 @@ def weight_files(folder: Path) -> list[Path]:
         except (SafetensorError, OSError) as error:
             raise PruneError(f"{path} cannot be read: {error}.", "Copy the base model again.") from None
     return [folder / name for name in names]
+
+
+def load_model(folder: str | Path, config: Any, dtype: Any) -> Any:
+    """The causal language model in a folder: safetensors files in it alone, and none of its code.
+
+    Raises:
+        PruneError: as ``weight_files``.
+    """
+    from transformers import AutoModelForCausalLM
+
+    weight_files(Path(folder))
+    return AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True
+    )
 
 
 def weight_hashes(files: list[Path]) -> dict[str, str]:

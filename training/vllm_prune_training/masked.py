@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vllm_prune.config import DropGateConfig, parse_drop_gate
@@ -32,6 +32,7 @@ from vllm_prune.public_dms import read_gates, recognise
 from . import lean
 from .attend import attend, attend_masked, past_mean
 from .boundaries import Walk
+from .export_files import load_model
 from .families import attention_modules
 from .prompt_pass import PromptPass, start_prompts
 from .reads import watch
@@ -361,10 +362,10 @@ def load_gated(folder: str | Path, dtype: str | torch.dtype = "auto", strength: 
         dtype: of the base weights; ``auto`` is the checkpoint's.
         strength: replaces the checkpoint's strength.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     recognise(config, str(folder))
     section = parse_drop_gate(config, strength)
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
+    model = load_model(folder, config, dtype)
     states = read_gates(str(folder), section)
     wanted = torch.float32 if section.dtype == "float32" else model.dtype
     gates = []

@@ -10,10 +10,15 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from vllm_prune.errors import PruneError
+from vllm_prune.errors import PruneError, short
 
 from .recipe import Recipe
 from .shadow.recipe import ShadowRecipe
+
+MOST_VALUES = 10_000
+"""Of a recipe, once its aliases are written out: a few lines of them can stand for any number of values."""
+MOST_FAULTS = 20
+"""Told of at once."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -37,10 +42,20 @@ _Loader.add_implicit_resolver(
 def parse_yaml(text: str, where: str) -> Any:
     """The value of a YAML text. Raises PruneError naming ``where`` and the line."""
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+        value = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:  # of dates, tags, keys
         said = " ".join(str(error).split())
         raise PruneError(f"{where} is no valid YAML: {said}.", "Correct it there.") from None
+    except RecursionError:
+        raise PruneError(f"{where} is nested too deep.", "Correct it there.") from None
+    left, count = [value], 0
+    while left:
+        part = left.pop()
+        count += 1
+        if count > MOST_VALUES:
+            raise PruneError(f"{where} has more than {MOST_VALUES:,} values.", "Write out what its aliases mean.")
+        left.extend([*part, *part.values()] if isinstance(part, dict) else part if isinstance(part, list) else ())
+    return value
 
 
 def override(data: dict[str, Any], item: str) -> None:
@@ -91,9 +106,8 @@ def _explain(error: dict[str, Any], kind: type[BaseModel]) -> str:
     if error["type"] == "missing":
         return f"field '{field}' is missing"
     said = error["msg"].removeprefix("Value error, ")
-    shown = repr(error["input"])
-    shown = "" if isinstance(error["input"], dict) else f", got {shown if len(shown) < 80 else shown[:80] + '...'}"
-    return f"field '{field}': {said}{shown}"
+    got = "" if isinstance(error["input"], dict) else f", got {short(error['input'])}"
+    return f"field '{field}': {said}{got}"
 
 
 def parse_recipe(data: Any, where: str) -> Recipe | ShadowRecipe:
@@ -105,6 +119,7 @@ def parse_recipe(data: Any, where: str) -> Recipe | ShadowRecipe:
         return kind.model_validate(data)
     except ValidationError as error:
         lines = list(dict.fromkeys(_explain(dict(item), kind) for item in error.errors()))
+        lines[MOST_FAULTS:] = [f"and {len(lines) - MOST_FAULTS} more"] if len(lines) > MOST_FAULTS else []
         raise PruneError(f"{where}: " + "; ".join(lines) + ".", "Correct the recipe; see docs/training.md.") from None
 
 

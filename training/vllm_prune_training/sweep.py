@@ -6,8 +6,9 @@ Dimension letters: N windows, T tokens, L layers, H KV heads, E eviction units o
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from .masked import GatedModel
 
 ROWS = 512
 """Positions whose logits are compared at a time: two float32 copies of [ROWS, V] are held."""
+SHORTEST = 16
+"""Tokens of the shortest beginning of a window that is measured by itself."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Point:
         kept, live: float64 [L, E], means over windows of the past-pair share and of the final live share.
         ppl: perplexity a token.
         kl: mean KL(open gates || gated) a position, nats.
+        shorter: means over windows, layers and units of the past-pair share among the first tokens, by their number; of gates
+            that decide at the prompt's end none.
     """
 
     strength: float
@@ -37,6 +42,7 @@ class Point:
     live: torch.Tensor
     ppl: float
     kl: float
+    shorter: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -45,6 +51,7 @@ class _Sums:
     live: torch.Tensor
     loss: float = 0.0
     kl: float = 0.0
+    shorter: Counter[int] = field(default_factory=Counter)
 
 
 def losses(dense: torch.Tensor, gated: torch.Tensor, ids: torch.Tensor) -> tuple[float, float]:
@@ -63,6 +70,11 @@ def losses(dense: torch.Tensor, gated: torch.Tensor, ids: torch.Tensor) -> tuple
             log_p = F.log_softmax(dense[start : start + ROWS].float(), dim=-1)
             kl += F.kl_div(log_q, log_p, log_target=True, reduction="sum").item()
     return loss, max(0.0, kl)
+
+
+def shorter_lengths(length: int) -> list[int]:
+    """Powers of two from ``SHORTEST`` to below ``length``."""
+    return [1 << i for i in range(SHORTEST.bit_length() - 1, (length - 1).bit_length())]
 
 
 @torch.no_grad()
@@ -91,6 +103,7 @@ def sweep(
         first = max(1, ids.shape[1] // 2)
         told = {"prompt": first}
     shape = (len(gated.calls), gated.gates[0].num_units)  # type: ignore[union-attr]
+    lengths = [] if told else shorter_lengths(ids.shape[1])
     sums = [_Sums(torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)) for _ in strengths]
     for row in ids:
         dense = gated(row, "open").logits[first - 1 :]
@@ -99,6 +112,7 @@ def sweep(
                 logits = dense
                 total.kept += 1.0
                 total.live += 1.0
+                total.shorter.update(dict.fromkeys(lengths, 1.0))  # type: ignore[arg-type]
             else:
                 out = gated(row, "hard", strength=strength, **told)
                 logits = out.logits[first - 1 :]
@@ -107,6 +121,7 @@ def sweep(
                 else:
                     total.kept += final_live(out.expiry[..., :first]) if told else past_pair_kept(out.expiry)
                 total.live += final_live(out.expiry)
+                total.shorter.update({t: past_pair_kept(out.expiry[..., :t]).mean().item() for t in lengths})  # type: ignore[misc]
                 if seen is not None:
                     seen(strength, out.expiry)
             loss, kl = losses(dense, logits, row[first - 1 :])
@@ -114,6 +129,7 @@ def sweep(
             total.kl += kl
     n, t = ids.shape[0], ids.shape[1] - first + 1
     return [
-        Point(strength, s.kept / n, s.live / n, math.exp(s.loss / (n * (t - 1))), s.kl / (n * t))
+        Point(strength, s.kept / n, s.live / n, math.exp(s.loss / (n * (t - 1))), s.kl / (n * t),
+              {length: share / n for length, share in s.shorter.items()})
         for strength, s in zip(strengths, sums, strict=True)
-    ]
+    ]  # fmt: skip

@@ -91,12 +91,16 @@ class PruneCPUImpl(GatedImpl):
                 self._decode(store, rows, tokens, rule_at(strength))
             self.state.spent("decide", begin)
         whole = m.decodes.whole
-        if m.chunks.count:
-            undisturbed = [
-                i for i in range(m.chunks.count)
-                if self._chunk(store, m.chunks, i, query, key, value, tokens, output, rule_at(float(m.chunks.strengths[i])))
-            ]  # fmt: skip
-            whole = whole + [(m.chunks.slots[i], m.chunks.first[i], m.chunks.tokens[i]) for i in undisturbed]
+        for i in range(m.chunks.count):
+            rule = rule_at(float(m.chunks.strengths[i]))
+            for rows, j, copied in self.state.pieces(m.chunks, i):
+                undisturbed = self._chunk(store, rows, j, query, key, value, tokens, output, rule)
+                if copied is not None:
+                    if undisturbed:
+                        self._attend(store, m, [rows.row(j)], query, output)
+                    store.copy(*copied, self.index)
+                elif undisturbed:
+                    whole = [*whole, rows.row(j)]
         if whole:
             self._attend(store, m, whole, query, output)
         if self.serving.reveal is Reveal.PER_REQUEST:
@@ -132,12 +136,17 @@ class PruneCPUImpl(GatedImpl):
             m.state.spent("decide", begin)
         for i in range(m.chunks.count):
             steps = self._boundaries(float(m.chunks.strengths[i]))
-            if steps is None:
-                self._chunk(store, m.chunks, i, query, key, value, tokens, output, None)
-                row = (int(m.chunks.slots[i]), int(m.chunks.first[i]), int(m.chunks.tokens[i]))
-            else:
-                row = steps.chunk(store, m.chunks, i, tokens, dense, attend)
-            whole = [*whole, row]
+            for rows, j, copied in m.state.pieces(m.chunks, i):
+                row = rows.row(j)
+                if steps is None:
+                    self._chunk(store, rows, j, query, key, value, tokens, output, None)
+                else:
+                    row = steps.chunk(store, rows, j, tokens, dense, attend)
+                if copied is None:
+                    whole = [*whole, row]
+                else:
+                    attend([row])
+                    store.copy(*copied, self.index)
         if whole:
             attend(whole)
         return output

@@ -53,6 +53,11 @@ class ServedGate:
         return self.reveal in (None, Reveal.NONE, Reveal.PER_REQUEST)  # the last until its prompt ends
 
     @property
+    def leaves_prefixes(self) -> bool:
+        """Whether what is left of a prompt's beginning hangs on nothing that follows it, and lies in lanes alone."""
+        return not (self.routes or self.whole_prompt) and self.reveal not in (Reveal.PER_REQUEST, Reveal.NONE)
+
+    @property
     def by_token(self) -> bool:
         """See ``gates.by_token``; False where gates are open."""
         return by_token(self.reveal, self.routes)

@@ -12,6 +12,7 @@ import torch
 
 from vllm_prune.attention.step_state import StepState, Told
 from vllm_prune.cache.lanes import LaneStore
+from vllm_prune.cache.snapshots import MOST
 from vllm_prune.cache.spec import PruneSpec
 from vllm_prune.gates import Reveal
 
@@ -45,6 +46,16 @@ class Rows:
 
     def pick(self, mask: np.ndarray) -> Rows:
         return Rows(self.slots[mask], self.first[mask], self.tokens[mask], self.positions[mask], self.strengths[mask])
+
+    def part(self, i: int, begin: int, end: int) -> Rows:
+        """Of row i, its tokens at positions [begin, end)."""
+        slot, first = self.slots[i : i + 1], self.first[i : i + 1] + np.int32(begin - self.positions[i])
+        count, position = np.asarray([[end - begin], [begin]], np.int32)
+        return Rows(slot, first, count, position, self.strengths[i : i + 1])
+
+    def row(self, i: int) -> tuple[int, int, int]:
+        """Slot, first token in the batch, tokens."""
+        return int(self.slots[i]), int(self.first[i]), int(self.tokens[i])
 
     @cached_property
     def by_strength(self) -> list[tuple[float, Rows]]:
@@ -101,13 +112,14 @@ class WorkerState(StepState):
     def __init__(self, vllm_config: VllmConfig, spec: PruneSpec, layer_names: list[str]) -> None:
         super().__init__(vllm_config, spec, layer_names)
         self._step: dict[str, StepGrant] = {}
+        self._cuts: dict[int, list[tuple[int, str, str]]] = {}
 
     def bind(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Attach the allocated KV cache."""
         views = [kv_caches[name] for name in self.layer_names]
         self.store = LaneStore(
             self.spec.geometry,
-            self.max_requests,
+            self.max_requests + (MOST if self.prefixes else 0),
             self.max_tokens,
             num_blocks=views[0].shape[0],
             dtype=views[0].dtype,
@@ -122,14 +134,35 @@ class WorkerState(StepState):
     def begin_step(self, meta: PruneMetadata) -> None:
         """Bury the dead first: their blocks may be among the new grants."""
         store = self._store()
-        for req_id in meta.ended:
+        for req_id in (*meta.gone, *meta.ended):
             store.forget(req_id)
         for req_id, grant in meta.grants.items():
             store.update(req_id, grant.epoch, grant.new_blocks)
             store.set_facts(req_id, grant.prompt, grant.strength, grant.map)
             if grant.spared:
                 store.spare(req_id, grant.spared)
+            if grant.start is not None:
+                store.copy(grant.start, req_id)
+        self._cuts = {}
+        for req_id, grant in meta.grants.items():
+            for order in grant.snapshots:
+                store.update(order.name, order.epoch, order.blocks)
+                self._cuts.setdefault(store.slots[req_id].slot, []).append((order.tokens, order.name, req_id))
         self._step = meta.grants
+
+    def pieces(self, rows: Rows, i: int) -> list[tuple[Rows, int, tuple[str, str] | None]]:
+        """Row i of a step, cut where its request leaves snapshots: rows and which of them, and what to copy (request, snapshot)
+        once these tokens are written."""
+        cuts = self._cuts.get(int(rows.slots[i]))
+        if not cuts:
+            return [(rows, i, None)]
+        begin = int(rows.positions[i])
+        found: list[tuple[Rows, int, tuple[str, str] | None]] = []
+        for at, name, req_id in cuts:
+            found.append((rows.part(i, begin, at), 0, (req_id, name)))
+            begin = at
+        end = int(rows.positions[i] + rows.tokens[i])
+        return [*found, (rows.part(i, begin, end), 0, None)] if begin < end else found
 
     def metadata(
         self, block_table: torch.Tensor, query_start: np.ndarray, seq_lens: np.ndarray
@@ -172,11 +205,17 @@ class WorkerState(StepState):
                 if grant.covered >= grant.prompt:
                     store.close_lanes(req_id)
         ahead = {req_id: grant.in_flight for req_id, grant in step.items() if grant.in_flight}
-        reports = store.report({req_id: grant.covered for req_id, grant in step.items()}, ahead)
+        covered = {req_id: grant.covered for req_id, grant in step.items()}
+        for req_id, grant in step.items():
+            for order in grant.snapshots:
+                if grant.tokens == 1:  # rows of one token are not cut
+                    store.copy(req_id, order.name)
+                covered[order.name] = order.tokens
+        reports = store.report(covered, ahead)
         doomed = {
             store.slots[req_id].first_block
             for req_id, report in reports.items()
-            if self.doomed(req_id, step[req_id], report, store.num_blocks)
+            if req_id in step and self.doomed(req_id, step[req_id], report, store.num_blocks)
         }
         self.spent("compaction", begin)
         return {req_id: [report] for req_id, report in reports.items()}, doomed

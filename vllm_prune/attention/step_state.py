@@ -51,6 +51,7 @@ class StepState(ABC):
         self.max_requests = vllm_config.scheduler_config.max_num_seqs
         self.max_tokens = vllm_config.model_config.max_model_len
         self.chunk_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        self.prefixes = bool(vllm_config.cache_config.enable_prefix_caching)
         self.record = bool(server_options(vllm_config).get("record", False))
         self.layers: list[GatedAttention] = [
             vllm_config.compilation_config.static_forward_context[name] for name in layer_names

@@ -2,7 +2,8 @@
 
 Every block granted to a request is appended to its log and named by its index there, on both sides. The worker reports
 which grants it still needs; the rest go back to the pool. Until a report arrives an upper bound holds: the last report
-plus the most that the tokens since can need. Lateness is therefore always safe. Runs in the engine core.
+plus the most that the tokens since can need. Lateness that the worker was told to expect (``StepGrant.in_flight``) is therefore
+safe. Runs in the engine core.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ class GrantLog:
         log: every block granted, in order; ``None`` where given back. Elements are vLLM's KVCacheBlock.
         live: grants not given back.
         sent: length of the log that the worker has been told of.
+        told: tokens that it has been told to compute.
         report: the worker's last word, if any.
         known_tokens: tokens known when this life began (prompt, and what a preempted request had generated).
         returned, peak: totals for statistics, in blocks.
@@ -79,10 +81,16 @@ class GrantLog:
     log: list[Any] = field(default_factory=list)
     live: int = 0
     sent: int = 0
+    told: int = 0
     report: LaneReport | None = None
     known_tokens: int = 0
     returned: int = 0
     peak: int = 0
+
+    @property
+    def awaits_report(self) -> bool:
+        """Whether the worker has still to say what it needs after all that it was told to compute."""
+        return self.told > (self.report.covered if self.report else 0)
 
     def needed(self, geometry: LaneGeometry, tokens: int) -> int:
         """Blocks that suffice for the request's first ``tokens`` tokens, whatever the gates decide from here on."""
@@ -107,10 +115,15 @@ class GrantLog:
         return unsent
 
     def accept(self, report: LaneReport) -> list[Any]:
-        """Take a report in; return the blocks it gives back, tail first. A stale report changes nothing."""
-        if report.epoch != self.epoch or (self.report is not None and report.covered < self.report.covered):
+        """Take a report in; return the blocks it gives back, tail first.
+
+        One of another life changes nothing. One that a newer has overtaken says nothing of what is needed, but what it gives up
+        the newer does not repeat.
+        """
+        if report.epoch != self.epoch:
             return []
-        self.report = report
+        if self.report is None or report.covered >= self.report.covered:
+            self.report = report
         back = []
         for index in range(min(report.seen, len(self.log)) - 1, max(report.keep, 1) - 1, -1):
             block = self.log[index]

@@ -83,6 +83,7 @@ def _load() -> Any:
         "lanes_summarize": (None, [s, n, p, p]),
         "lanes_skip": (c_int, [s, n, n, p, p]),
         "lanes_pack": (n, [s, n, p, n, p, n]),
+        "lanes_copy": (c_int, [s, n, n, n]),
         "steps_decode_open": (c_int, rows),
         "steps_decode_by_query": (c_int, [*rows, f, p, i, i]),
         "steps_decode_delayed": (c_int, [*rows, f, i, i, i]),
@@ -117,12 +118,16 @@ class _Loops:
 
 lib = _Loops()
 
-_ERRORS = {-1: "a request ran out of granted pages", -2: "the event buffer overflowed", -3: "out of memory"}
+_ERRORS = {
+    -1: "a request ran out of granted pages: a report to the scheduler was lost or came later than is allowed for, or else",
+    -2: "the event buffer overflowed:",
+    -3: "out of memory:",
+}
 
 
 def check(code: int) -> int:
     if code < 0:
-        raise RuntimeError(f"vllm-prune: {_ERRORS.get(code, code)} (a bug in page accounting, please report it)")
+        raise RuntimeError(f"vllm-prune: {_ERRORS.get(code, code)} page accounting has a bug, please report it")
     return code
 
 
@@ -155,7 +160,7 @@ class Lanes:
         self.exp = np.zeros((pages, g.block_tokens), np.int32)
         self.mass = np.zeros((pages, g.block_tokens), np.float64) if received else None
         self.dropped = np.zeros((max_requests, g.num_layers, units), np.int64)
-        self.ends = np.zeros(max_requests, np.int64)
+        self.ends = np.zeros((max_requests, g.num_layers), np.int64)
         self.closed = np.zeros((max_requests, g.num_layers, units), np.uint8)
         self.prompt = np.full(max_requests, NEVER, np.int32)
         self.spared = np.zeros((max_requests, width * g.block_tokens), np.uint8)

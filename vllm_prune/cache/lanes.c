@@ -54,7 +54,7 @@ DEFINE_WRITE(write16, uint16_t)
 DEFINE_WRITE(write32, uint32_t)
 
 int lanes_record(const Store *a, int64_t s, int64_t layer, int64_t unit, int32_t key, int32_t expiry) {
-    a->ends[s] += expiry > key ? expiry : key + 1;
+    a->ends[s * a->L + layer] += expiry > key ? expiry : key + 1;
     if (a->events_cap == 0) return 0;
     int64_t e = *a->n_events;
     if (e >= a->events_cap) return OUT_OF_EVENTS;
@@ -151,8 +151,8 @@ void lanes_fill_tables(const Store *a, int64_t layer, int64_t rows, const int32_
 void lanes_summarize(const Store *a, int64_t rows, const int32_t *slots, int64_t *out) {
     memset(out, 0, sizeof(int64_t) * 10 * rows);
     for (int64_t i = 0; i < rows; i++, out += 10) {
-        out[9] = a->ends[slots[i]];
         for (int64_t layer = 0; layer < a->L; layer++) {
+            out[9] += a->ends[slots[i] * a->L + layer];
             for (int64_t h = 0; h < a->per_layer; h++) {
                 const int64_t n = page_tokens(a, h), length = *length_of(a, slots[i], layer * a->per_layer + h);
                 const int shut = h < a->H && a->closed[(slots[i] * a->L + layer) * a->units + (a->units == 1 ? 0 : h)];
@@ -168,11 +168,34 @@ void lanes_summarize(const Store *a, int64_t rows, const int32_t *slots, int64_t
     }
 }
 
+static void copy_page(const Store *a, int64_t to, int64_t from) {
+    const int64_t size = 2 * a->N * a->D * a->elem;
+    memcpy((char *)a->kv + to * size, (char *)a->kv + from * size, size);
+    memcpy(a->pos + to * a->N, a->pos + from * a->N, sizeof(int32_t) * a->N);
+    memcpy(a->exp + to * a->N, a->exp + from * a->N, sizeof(int32_t) * a->N);
+    if (a->mass) memcpy(a->mass + to * a->N, a->mass + from * a->N, sizeof(double) * a->N);
+}
+
+/* What a slot holds in a layer, and its account of it, into the free pages of another slot whose lanes there are empty. */
+int lanes_copy(const Store *a, int64_t layer, int64_t from, int64_t to) {
+    for (int64_t h = 0; h < a->per_layer; h++) {
+        const int64_t lane = layer * a->per_layer + h, length = *length_of(a, from, lane);
+        for (int64_t index = 0; index < ceil_div(length, page_tokens(a, h)); index++) {
+            if (take_page(a, to, lane, index)) return OUT_OF_PAGES;
+            copy_page(a, row_of(a, to, lane)[index], row_of(a, from, lane)[index]);
+        }
+        *length_of(a, to, lane) = (int32_t)length;
+    }
+    for (int64_t unit = 0; unit < a->units; unit++)
+        a->dropped[(to * a->L + layer) * a->units + unit] = a->dropped[(from * a->L + layer) * a->units + unit];
+    a->ends[to * a->L + layer] = a->ends[from * a->L + layer];
+    return 0;
+}
+
 /* Move every page in use out of the blocks `gone` into free pages of the blocks `kept` (both in log order), and rebuild
  * the free stack from `kept`, highest grant at the bottom, so that the lowest fill first. Returns pages moved. */
 int64_t lanes_pack(const Store *a, int64_t s, const int32_t *kept, int64_t num_kept, const int32_t *gone, int64_t num_gone) {
     int32_t *stack = a->free_pages + s * a->F;
-    const int64_t page_size = 2 * a->N * a->D * a->elem;
     int64_t n = 0, moved = 0;
     for (int64_t b = num_kept - 1; b >= 0; b--)
         for (int64_t layer = 0; layer < a->L; layer++)
@@ -188,10 +211,7 @@ int64_t lanes_pack(const Store *a, int64_t s, const int32_t *kept, int64_t num_k
                 if (lane < 0) continue;
                 if (n == 0) return OUT_OF_PAGES;
                 const int32_t to = stack[--n];
-                memcpy((char *)a->kv + to * page_size, (char *)a->kv + page * page_size, page_size);
-                memcpy(a->pos + to * a->N, a->pos + page * a->N, sizeof(int32_t) * a->N);
-                memcpy(a->exp + to * a->N, a->exp + page * a->N, sizeof(int32_t) * a->N);
-                if (a->mass) memcpy(a->mass + to * a->N, a->mass + page * a->N, sizeof(double) * a->N);
+                copy_page(a, to, page);
                 row_of(a, s, lane)[a->page_index[page]] = to;
                 a->page_lane[to] = lane;
                 a->page_index[to] = a->page_index[page];

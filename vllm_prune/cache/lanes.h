@@ -27,7 +27,7 @@ typedef struct {
     int32_t *exp;        /* [P, N] its expiry */
     double *mass;        /* [P, N] attention it received (boundary.c), NULL where no gate asks */
     int64_t *dropped;    /* [S, L, E] keys dropped so far */
-    int64_t *ends;       /* [S] sum over dropped keys of the first query that did not see them */
+    int64_t *ends;       /* [S, L] sum over dropped keys of the first query that did not see them */
     uint8_t *closed;     /* [S, L, E] lanes that hold nothing from the prompt's end on */
     int32_t *prompt;     /* [S] tokens of the prompt */
     uint8_t *spared;     /* [S, T] positions whose keys no gate may drop */

@@ -174,6 +174,17 @@ class LaneStore:
             a.spared[slot, begin:end] = 1
         a.n_spared[slot] = a.spared[slot].sum()
 
+    def copy(self, origin: str, to: str, layer: int | None = None) -> None:
+        """What one entry holds, into the pages of another that holds nothing yet: in one layer, or in all. What is recorded of
+        its drops there goes along."""
+        layers = range(self.geometry.num_layers) if layer is None else (layer,)
+        for at in layers:
+            check(lib.lanes_copy(self.lanes.ref, at, self.slots[origin].slot, self.slots[to].slot))
+        if self.record:
+            self.take_events()
+            mine, theirs = (self.events[(name, self.slots[name].epoch)] for name in (to, origin))
+            mine += [rows[np.isin(rows[:, 0] // self.units, layers)] for rows in theirs]
+
     # After a step ------------------------------------------------------------------------------------------------
 
     def close_lanes(self, req_id: str) -> None:

@@ -21,7 +21,7 @@ from vllm_prune.demo import maps, plot, report
 from vllm_prune.demo.launch import launch, pool_bytes
 from vllm_prune.demo.run import BLOCK_TOKENS, Job, Result
 from vllm_prune.demo.source import SourceText, load_source, pieces, require_file
-from vllm_prune.errors import PruneError
+from vllm_prune.errors import PruneError, writing
 from vllm_prune.gates import GATES
 
 REFERENCE = Path("examples/reference-dcp")
@@ -74,7 +74,7 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise PruneError(f"the tokenizer of {folder} cannot be loaded: {error}.", "Copy it into the folder.") from None
 
@@ -87,7 +87,7 @@ def jobs(options: DemoOptions, folder: Path, prompt: list[int]) -> tuple[Job, Jo
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     wanted, most = options.prompt_tokens + options.new_tokens, config.max_position_embeddings
     if wanted > most:
         raise PruneError(
@@ -112,7 +112,7 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
         The report as written to report.json.
 
     Raises:
-        PruneError: model, source or matplotlib is missing, the source is too short, or a run failed.
+        PruneError: model, source or matplotlib is missing, the source is too short, a run failed, or nothing can be written.
     """
     plot.require_matplotlib()
     folder = find_model(options.model)
@@ -123,12 +123,14 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
     source = load_source(tokenizer, options.source, options.prompt_tokens, options.new_tokens)
     evicting, dense = jobs(options, folder, source.prompt)
     load = os.getloadavg()[0]
-    options.out.mkdir(parents=True, exist_ok=True)
+    elsewhere = "Make room there, or name another folder with --out."
+    with writing(options.out, elsewhere):
+        options.out.mkdir(parents=True, exist_ok=True)
     names = [escape(str(path)) for path in (folder, source.path, options.out)]
     console.print(f"[bold]{names[0]}[/] continues [bold]{names[1]}[/] after {len(source.prompt):,} tokens")
-    with console.status("running with eviction ..."):
+    with console.status("running with eviction ..."), writing(options.out, elsewhere):
         pruned = launch(evicting, options.out, "run-evicting")
-    with console.status("running with open gates ..."):
+    with console.status("running with open gates ..."), writing(options.out, elsewhere):
         open_gates = launch(dense, options.out, "run-open")
 
     assert pruned.expiry is not None
@@ -140,7 +142,8 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
         f"What {method.method.upper()} gates forget while reading {source.path.name}",
     )  # fmt: skip
     result = build_report(options, folder, config, source, data, pruned, open_gates, tokenizer, load)
-    write(options.out, result, data, pruned, open_gates)
+    with writing(options.out, elsewhere):
+        write(options.out, result, data, pruned, open_gates)
     report.show(console, result)
     console.print(f"\nWritten to [bold]{names[2]}[/]: report.json, map.png, and map.html to open in a browser.")
     return result

@@ -134,7 +134,7 @@ def embed(value: Any) -> str:
     text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
     for char in "<>&\u2028\u2029":
         text = text.replace(char, f"\\u{ord(char):04x}")
-    return text
+    return text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate is no text
 
 
 def render_page(data: EvictionMap, facts: list[tuple[str, str]]) -> str:

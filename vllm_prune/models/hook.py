@@ -27,13 +27,14 @@ from vllm_prune.config import (
     server_options,
     serves_stock,
 )
-from vllm_prune.errors import PruneError
+from vllm_prune.errors import PruneError, short
 from vllm_prune.gates import Reads, Reveal
 from vllm_prune.models.request_check import Served, is_check, name_check
 from vllm_prune.models.whole_prompt import need_whole_prompts
 from vllm_prune.pressure import pressure_options
 from vllm_prune.protect import DEFAULT, Protect, parse_protect
 from vllm_prune.public_dms import read_gates
+from vllm_prune.refusals import refused
 from vllm_prune.requests import may_protect
 
 if TYPE_CHECKING:
@@ -66,23 +67,25 @@ def options_of(vllm_config: VllmConfig) -> dict[str, Any]:
             raise PruneError(f"additional_config.vllm_prune.{name} is unknown.", f"Known fields: {', '.join(OPTIONS)}.")
         if OPTIONS[name] is bool and not isinstance(value, bool):
             raise PruneError(
-                f"additional_config.vllm_prune.{name} must be true or false, got {value!r}.", "Correct it."
+                f"additional_config.vllm_prune.{name} must be true or false, got {short(value)}.", "Correct it."
             )
         if OPTIONS[name] is str and not isinstance(value, str):
-            raise PruneError(f"additional_config.vllm_prune.{name} must be text, got {value!r}.", "Correct it.")
+            raise PruneError(f"additional_config.vllm_prune.{name} must be text, got {short(value)}.", "Correct it.")
         if OPTIONS[name] is float and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise PruneError(f"additional_config.vllm_prune.{name} must be a number, got {value!r}.", "Correct it.")
+            raise PruneError(
+                f"additional_config.vllm_prune.{name} must be a number, got {short(value)}.", "Correct it."
+            )
     strength = options.get("strength")
     if strength is not None and not 0.0 <= strength <= MAX_STRENGTH:
         raise PruneError(
-            f"additional_config.vllm_prune.strength must lie in 0..{MAX_STRENGTH:g}, got {strength}.",
+            f"additional_config.vllm_prune.strength must lie in 0..{MAX_STRENGTH:g}, got {short(strength)}.",
             "0 opens every gate, 1 is as trained.",
         )
     for name in ("keep", "floor"):
         share = options.get(name)
         if share is not None and not 0.0 < share <= 1.0:
             raise PruneError(
-                f"additional_config.vllm_prune.{name} must lie in 0..1, above 0, got {share}.",
+                f"additional_config.vllm_prune.{name} must lie in 0..1, above 0, got {short(share)}.",
                 "It is a share of the keys: 1 is all of them.",
             )
     pressure_options(options)
@@ -94,13 +97,20 @@ def check_pressure(vllm_config: VllmConfig, section: DropGateConfig, served: Ser
     if pressure_options(server_options(vllm_config)) is None:
         return
     if section.strength == 0.0:
-        raise PruneError("refused (pressure): this server's gates are open (strength 0).",
-                         "Leave additional_config.vllm_prune.pressure out, or serve at a strength above 0.")  # fmt: skip
+        raise refused("pressure-at-strength-0")
     if not served.by_token:
-        raise PruneError(
-            f"refused (pressure): {section.method} decides by what happened at its strength before, which must not change.",
-            "Leave additional_config.vllm_prune.pressure out, or serve DCP, DMS, window or random gates.",
-        )
+        raise refused("pressure", method=section.method)
+
+
+def no_prefixes(device: str, served: ServedGate, options: dict[str, Any]) -> str | None:
+    """Why what gates leave of a prompt's beginning cannot serve another request; None where it can."""
+    if device != "cpu":
+        return "snapshots of lanes are made on CPU workers only"
+    if not served.leaves_prefixes:
+        return "with these gates what is left of a prompt's beginning hangs on what follows it, or does not lie in its lanes"
+    if options.get("pressure"):
+        return "with the option pressure it hangs on how full the pool was"
+    return None
 
 
 def warn_if_unsafe(section: DropGateConfig) -> None:
@@ -121,10 +131,7 @@ def prepare_skipping(vllm_config: VllmConfig, section: DropGateConfig) -> None:
         PruneError: the base is served by the generic class, whose layers cannot be bypassed.
     """
     if GENERIC_ARCHITECTURE in (vllm_config.model_config.hf_config.architectures or ()):
-        raise PruneError(
-            f"{section.method} skips part of the computation of layers, which the generic class cannot do.",
-            "Serve a Qwen3 or Llama base with it, or train another method for this base.",
-        )
+        raise refused("generic-class-skips", method=section.method)
     if not vllm_config.model_config.enforce_eager:
         logger.info("vllm-prune: torch.compile is switched off: how much a layer computes is known at run time only")
         vllm_config.model_config.enforce_eager = True
@@ -137,10 +144,7 @@ def prepare_cuda(vllm_config: VllmConfig, section: DropGateConfig, served: Serve
         PruneError: the method is served on CPU only.
     """
     if not served.by_token:
-        raise PruneError(
-            f"refused (method-on-gpu): {section.method} is served on CPU only so far.",
-            "Serve DCP, DMS, window or random gates on a GPU, or run on the CPU build of vLLM.",
-        )
+        raise refused("method-on-gpu", method=section.method)
     compilation = vllm_config.compilation_config
     ops = compilation.splitting_ops
     if ops is None:
@@ -173,11 +177,7 @@ def served_protect(vllm_config: VllmConfig, section: DropGateConfig, markers: Ma
     if not may_protect(section) or (found.asks_for_chat and markers is None):
         if said is None or not found:
             return Protect()
-        raise PruneError(
-            f"refused (protect): {section.method} gates decide about many keys at once." if not may_protect(section) else
-            "refused (protect): the tokenizer has no chat template that sets messages apart by special tokens.",
-            "Leave additional_config.vllm_prune.protect out.",
-        )  # fmt: skip
+        raise refused("protect-chat") if may_protect(section) else refused("protect", method=section.method)
     return found
 
 
@@ -190,12 +190,7 @@ def check_maps(device: str, ranks: int, options: dict[str, Any]) -> None:
         options: the plugin's server options.
     """
     if options.get("maps", False) and (device != "cpu" or ranks > 1):
-        raise PruneError(
-            "refused (maps-on-gpu): a GPU's reports do not list which keys were dropped, so there are no eviction maps."
-            if device != "cpu" else
-            f"refused (maps-on-ranks): only the first of {ranks} ranks reports, and each knows the drops of its own heads.",
-            "Leave additional_config.vllm_prune.maps out, or run on the CPU build of vLLM, on one rank.",
-        )  # fmt: skip
+        raise refused("maps-on-gpu") if device != "cpu" else refused("maps-on-ranks", ranks=ranks)
 
 
 def prepare_ranks(vllm_config: VllmConfig, section: DropGateConfig, served: ServedGate) -> None:
@@ -206,10 +201,7 @@ def prepare_ranks(vllm_config: VllmConfig, section: DropGateConfig, served: Serv
     """
     ranks = vllm_config.parallel_config.tensor_parallel_size
     if ranks > 1 and served.reveal is not None and not served.by_token:
-        raise PruneError(
-            f"refused (method-on-ranks): {section.method} decides from what all heads do, and a rank of {ranks} has its own.",
-            "Serve DCP, DMS, window or random gates with --tensor-parallel-size, or leave that at 1 and use more replicas.",
-        )
+        raise refused("method-on-ranks", method=section.method, ranks=ranks)
 
 
 def check_requests(vllm_config: VllmConfig, section: DropGateConfig, whole_prompt: bool, chat: bool) -> None:
@@ -231,27 +223,15 @@ def check_reads(vllm_config: VllmConfig, section: DropGateConfig) -> None:
         gate = section.build_gate()
     plain = gate.reads is Reads.INPUT and not getattr(gate, "own", False)
     if not plain and vllm_config.parallel_config.tensor_parallel_size > 1:
-        raise PruneError(
-            f"refused (dms-form-on-ranks): gates of form {section.params.get('form')} are not cut to a rank's heads yet.",
-            "Leave --tensor-parallel-size at 1 and use more replicas.",
-        )
+        raise refused("dms-form-on-ranks", form=section.params.get("form"))
     if not plain and vllm_config.device_config.device_type != "cpu":
-        raise PruneError(
-            f"refused (dms-form-on-gpu): gates of form {section.params.get('form')}, about {section.params.get('about')}, are "
-            "served on CPU only so far.", "Run on the CPU build of vLLM.",
-        )  # fmt: skip
+        raise refused("dms-form-on-gpu", form=section.params.get("form"), about=section.params.get("about"))
     if gate.borrows and section.strength == 0.0 and vllm_config.device_config.device_type == "cuda":
-        raise PruneError(
-            "refused (borrowed-at-strength-0): on a GPU stock vLLM's attention serves strength 0, and it would attend to the "
-            "number of each query that these gates have taken.",
-            "Serve at a strength above 0 and let requests open their gates (prune.off), or train gates of form 'separate'.",
-        )  # fmt: skip
+        raise refused("borrowed-at-strength-0")
     if gate.reads is not Reads.INPUT and GENERIC_ARCHITECTURE in (
         vllm_config.model_config.hf_config.architectures or ()
     ):
-        raise PruneError(
-            f"gates that read the {gate.reads} cannot be served by the generic class.", "Use Qwen3 or Llama."
-        )
+        raise refused("generic-class-reads", reads=gate.reads)
 
 
 class GatedModelConfig(VerifyAndUpdateConfig):
@@ -305,9 +285,10 @@ class GatedModelConfig(VerifyAndUpdateConfig):
             raise PruneError(
                 f"drop_gate.params.rank does not fit the base: {error}.", "Train with another rank."
             ) from None
-        if vllm_config.cache_config.enable_prefix_caching:
-            logger.info("vllm-prune: prefix caching is switched off (not supported with drop gates yet)")
-        vllm_config.cache_config.enable_prefix_caching = False
+        reason = no_prefixes(device, served, server_options(vllm_config))
+        if cache.enable_prefix_caching and reason:
+            logger.info("vllm-prune: prefix caching is switched off: %s", reason)
+            cache.enable_prefix_caching = False
         # No consumer: blocks of a request that ended while a step is in flight may go to the next one at once, since all that
         # touches them is in the order of one stream.
         vllm_config.kv_transfer_config = KVTransferConfig(

@@ -13,9 +13,9 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vllm_prune.checkpoint import GATED_ARCHITECTURES
 from vllm_prune.config import SECTION
-from vllm_prune.errors import PruneError
 from vllm_prune.models.hook import GatedModelConfig
 from vllm_prune.public_dms import BASES, recognise
+from vllm_prune.refusals import refused
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -32,9 +32,7 @@ class PublicDMSConfig(VerifyAndUpdateConfig):
         if not recognise(config, model_config.model, model_config.revision):
             return
         if model_config.model_impl not in ("auto", "vllm"):
-            raise PruneError(
-                f"public DMS checkpoints cannot be served with --model-impl {model_config.model_impl}.", "Leave it out."
-            )
+            raise refused("public-dms-model-impl", model_impl=model_config.model_impl)
         section = getattr(config, SECTION)
         logger.info("vllm-prune: a public DMS checkpoint (%s), served with its gates: %s",
                     section["provenance"]["format"], section["params"])  # fmt: skip

@@ -17,7 +17,8 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
 
 from vllm_prune.config import DropGateConfig
-from vllm_prune.requests import PROTECT, BadField, RequestGates, request_gates
+from vllm_prune.refusals import refused
+from vllm_prune.requests import MAP, PROTECT, BadField, RequestGates, request_gates
 
 _PREFIX = "RequestCheckOf"
 
@@ -47,21 +48,13 @@ class Served:
         except BadField as error:
             raise VLLMValidationError(str(error), parameter=error.field) from None
         if found.protect and found.protect.asks_for_chat and not self.chat:
-            raise VLLMValidationError(
-                f"{PROTECT}: messages cannot be found in this server's prompts: its tokenizer has no chat template that sets "
-                "them apart by special tokens. Give token ranges (A:B).", parameter=PROTECT,
-            )  # fmt: skip
+            raise VLLMValidationError(str(refused("protect-of-chat")), parameter=PROTECT)
         if self.whole_prompt and found.strength > 0.0 and params.prompt_logprobs is not None:
             raise VLLMValidationError(
-                "vllm-prune: refused (prompt-logprobs): this checkpoint's gates skip tokens of the prompt by what comes after "
-                "them, so that these have no log-probabilities. Leave prompt_logprobs (echo with logprobs) out, or open the "
-                "gates for the request (prune.off).",
-                parameter="prompt_logprobs", value=params.prompt_logprobs,
-            )  # fmt: skip
-        if found.map and params.n > 1:
-            raise VLLMValidationError(
-                "vllm-prune: prune.map maps one sequence. Ask for n = 1.", parameter="prune.map", value=params.n
+                str(refused("prompt-logprobs")), parameter="prompt_logprobs", value=params.prompt_logprobs
             )
+        if found.map and params.n > 1:
+            raise VLLMValidationError(str(refused("map-of-several")), parameter=MAP, value=params.n)
         return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from vllm_prune.errors import PruneError
+from vllm_prune.refusals import refused
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -28,19 +28,11 @@ def need_whole_prompts(vllm_config: VllmConfig, method: str) -> None:
     """
     scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
     if scheduler.long_prefill_token_threshold > 0:
-        raise PruneError(
-            f"refused (whole-prompts): {method} gates need each prompt in one step, but long_prefill_token_threshold "
-            f"{scheduler.long_prefill_token_threshold} cuts prompts.",
-            "Leave --long-prefill-token-threshold out.",
-        )
+        raise refused("whole-prompts-cut", method=method, tokens=scheduler.long_prefill_token_threshold)
     least = model.max_model_len
     if scheduler.max_num_batched_tokens < least:
         if scheduler.max_num_batched_tokens not in _defaults(vllm_config):
-            raise PruneError(
-                f"refused (whole-prompts): {method} gates need each prompt in one step, but max_num_batched_tokens "
-                f"{scheduler.max_num_batched_tokens} is less than max_model_len {least}.",
-                f"Leave --max-num-batched-tokens out, make it at least {least}, or lower --max-model-len.",
-            )
+            raise refused("whole-prompts", method=method, tokens=scheduler.max_num_batched_tokens, least=least)
         scheduler.max_num_batched_tokens = least + scheduler.max_num_seqs
         scheduler.max_num_encoder_input_tokens = scheduler.max_num_batched_tokens
         scheduler.encoder_cache_size = scheduler.max_num_batched_tokens

@@ -6,7 +6,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
 from vllm_prune.ray.config import RayServeConfig
 from vllm_prune.ray.ingress import Ingress, api
@@ -54,6 +54,17 @@ def replicas(config: RayServeConfig) -> dict[str, Any]:
     }
 
 
+def routing(config: RayServeConfig) -> dict[str, Any]:
+    """Which replica gets a request, as deployment options: Ray's own router for prefixes, where that is wanted."""
+    if not config.prefix_routing:
+        return {}
+    chosen: dict[str, Any] = {
+        "request_router_class": "ray.serve.llm.request_router.PrefixCacheAffinityRouter",
+        "request_router_kwargs": {"imbalanced_threshold": config.prefix_routing, "do_eviction": True},
+    }
+    return {"request_router_config": RequestRouterConfig(**chosen)}
+
+
 def application(config: RayServeConfig) -> Application:
     """The application. Nothing is started; runs where ``build_app`` does."""
     fixed = config.model_copy(update={"model": config.place, "engine": {
@@ -68,6 +79,7 @@ def application(config: RayServeConfig) -> Application:
         max_constructor_retry_count=START_TRIES,
         **resources(config),
         **replicas(config),
+        **routing(config),
     )
     ingress = serve.deployment(name="Ingress")(serve.ingress(api)(Ingress)).options(
         num_replicas=config.ingress_replicas,

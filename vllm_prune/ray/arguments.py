@@ -10,7 +10,11 @@ from vllm_prune.errors import PruneError
 
 
 def command_line(engine: dict[str, Any]) -> list[str]:
-    """``engine`` as one would write it after ``vllm serve MODEL``. A field that is null is left out."""
+    """``engine`` as one would write it after ``vllm serve MODEL``. A field that is null is left out.
+
+    Raises:
+        ValueError: a value that no command line can hold, or one of a list that would be read as another option.
+    """
     said: list[str] = []
     for name, value in engine.items():
         flag = name.replace("_", "-")
@@ -21,7 +25,10 @@ def command_line(engine: dict[str, Any]) -> list[str]:
         elif isinstance(value, dict):
             said.append(f"--{flag}={json.dumps(value)}")
         elif isinstance(value, list):
-            said += [f"--{flag}", *(json.dumps(one) if isinstance(one, dict) else str(one) for one in value)]
+            values = [json.dumps(one) if isinstance(one, dict) else str(one) for one in value]
+            if any(one.startswith("-") for one in values):
+                raise ValueError(f"{name} has a value that begins with a dash")
+            said += [f"--{flag}", *values]
         else:
             said.append(f"--{flag}={value}")
     return said
@@ -45,9 +52,19 @@ def serve_arguments(engine: dict[str, Any]) -> Namespace:
         def error(self, message: str) -> NoReturn:
             raise PruneError(f"vLLM does not take the engine options: {message.rstrip('.')}.", way_out)
 
-    args = make_arg_parser(Parser(prog="engine")).parse_args(command_line(engine))
+        def print_help(self, file: Any = None) -> None:
+            return
+
+        def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+            self.error(message or "one of them asks for help and ends the program")
+
     try:
+        args = make_arg_parser(Parser(prog="engine", allow_abbrev=False)).parse_args(command_line(engine))
         validate_parsed_serve_args(args)
+    except PruneError:
+        raise
+    except RecursionError:
+        raise PruneError("vLLM does not take the engine options: one is nested too deep.", way_out) from None
     except (TypeError, ValueError) as error:
         raise PruneError(f"vLLM does not take the engine options: {str(error).rstrip('.')}.", way_out) from None
     return args

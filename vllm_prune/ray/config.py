@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +44,8 @@ class RayServeConfig(BaseModel):
         max_ongoing_requests: a replica is given at once; more wait at the ingress.
         max_queued_requests: that may wait at an ingress replica; others get HTTP 503. -1: any number.
         retries: further replicas that a request is given to when its replica dies before it has sent anything.
+        prefix_routing: prefer the replica that has served the longest common beginning, unless its queue is so many requests
+            longer than another's; 0 leaves the choice to Serve.
         cpus_per_replica, gpus_per_rank: what Ray sets aside. 0 GPUs: an engine on CPU.
         ingress_replicas, cpus_per_ingress: of the ingress, which has no engine.
         env: environment of the engine replicas.
@@ -50,14 +53,14 @@ class RayServeConfig(BaseModel):
         drain_s: what a replica that is scaled away may take to end its requests.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: str = Field(min_length=1)
     engine: dict[str, Any] = Field(default_factory=dict)
     tensor_parallel_size: int = Field(1, ge=1)
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(0, ge=0)
-    target_ongoing_requests: float = Field(32.0, gt=0.0, allow_inf_nan=False)
+    target_ongoing_requests: float = Field(32.0, gt=0.0)
     target_free_kv: float = Field(0.1, ge=0.0, lt=1.0)
     upscale_delay_s: float = Field(10.0, ge=0.0)
     downscale_delay_s: float = Field(300.0, ge=0.0)
@@ -65,6 +68,7 @@ class RayServeConfig(BaseModel):
     max_ongoing_requests: int = Field(256, ge=1)
     max_queued_requests: int = Field(-1, ge=-1)
     retries: int = Field(2, ge=0)
+    prefix_routing: int = Field(0, ge=0)
     cpus_per_replica: float = Field(1.0, ge=0.0)
     gpus_per_rank: Literal[0, 1] = 1
     ingress_replicas: int = Field(1, ge=1)
@@ -110,7 +114,7 @@ class RayServeConfig(BaseModel):
     @property
     def place(self) -> str:
         """The model for vLLM: an absolute path where there is such a folder, since replicas run elsewhere."""
-        return str(Path(self.model).resolve()) if Path(self.model).is_dir() else self.model
+        return str(Path(self.model).resolve()) if os.path.isdir(self.model) else self.model
 
 
 def parse_config(args: dict[str, Any]) -> RayServeConfig:

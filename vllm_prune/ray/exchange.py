@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,18 @@ class Call:
     query: bytes = b""
     headers: Headers = field(default_factory=list)
     body: bytes = b""
+
+    @property
+    def prompt(self) -> str:
+        """What replicas that hold prefixes are chosen by: fields that decide what is left of a prompt, then messages or prompt.
+        Empty for a request without any. The name is what Ray's prefix-aware router looks for."""
+        try:
+            data = json.loads(self.body)
+            text = data.get("messages", data.get("prompt"))
+            first = {name: data[name] for name in ("cache_salt", "vllm_xargs", "tools") if name in data}
+        except (ValueError, AttributeError, RecursionError):
+            return ""
+        return "" if text is None else json.dumps([first, text] if first else text)
 
     def scope(self) -> dict[str, Any]:
         return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_prune.cache.geometry import LaneGeometry, cdiv
@@ -29,6 +29,7 @@ def report(**changes) -> LaneReport:
     return LaneReport(**{"epoch": 1, "covered": 100, "pages": (10, 11, 12), "keep": 3, "seen": 5, **changes})
 
 
+@settings(deadline=None)
 @given(geometries, st.integers(0, 500), st.lists(st.integers(0, 400), min_size=1, max_size=6), st.integers(1, 200))
 def test_bound_covers_whatever_the_gates_keep(geometry, covered, lengths, more):
     """Any lane lengths up to what was covered, then ``more`` tokens kept everywhere: the grant suffices."""
@@ -47,6 +48,7 @@ def test_bound_covers_whatever_the_gates_keep(geometry, covered, lengths, more):
     assert log.needed(g, covered + more) <= g.blocks_for(covered + more), "never more than keeping everything"
 
 
+@settings(deadline=None)
 @given(geometries, st.integers(1, 3000), st.integers(1, 512), st.floats(0.01, 1.0))
 def test_planned_peak(geometry, tokens, chunk, keep):
     assert geometry.peak_blocks(tokens, chunk, keep) <= geometry.blocks_for(tokens)
@@ -73,5 +75,30 @@ def test_unsent_grants_are_told_once():
 
 
 def test_a_page_that_cannot_hold_gate_keys_is_refused():
-    with pytest.raises(ValueError, match="gate keys"):
-        LaneGeometry(1, 1, 32, 32, gate_rank=48)
+    for rank in (48, 4096):
+        with pytest.raises(ValueError, match="a head-page of 2048 numbers cannot be divided into gate keys of"):
+            LaneGeometry(1, 1, 32, 32, gate_rank=rank)
+    assert LaneGeometry(1, 1, 32, 32, gate_rank=2048).gate_page_tokens == 1
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 5)), min_size=1, max_size=8), st.randoms())
+def test_reports_in_any_order_twice_or_never(steps, rng):
+    """A worker is granted blocks and gives some up, step after step; its reports come in any order, some twice, some never.
+    What was given up in those that came is given back, once, and nothing that was not given up (a later report may repeat a
+    lost one); the newest says what is needed."""
+    log, reports, held, gone = GrantLog(1), list[LaneReport](), list[int](), list[set[int]]()
+    for step, (more, keep) in enumerate(steps):
+        log.grant(list(range(len(log.log), len(log.log) + more)))
+        held = [*held, *range(len(log.log) - more, len(log.log))]
+        gone.append(set(held[keep:]))
+        held = held[:keep]
+        last = held[-1] + 1 if gone[-1] else len(log.log)
+        reports.append(report(covered=step, pages=(step, step, step), keep=last, seen=len(log.log)))
+    come = [i for i in range(len(steps)) if rng.random() < 0.8]
+    order = come + [i for i in come if rng.random() < 0.3]
+    rng.shuffle(order)
+    back = [block for i in order for block in log.accept(reports[i])]
+    assert set().union(*(gone[i] for i in come)) <= set(back) <= set().union(*gone) and len(set(back)) == len(back)
+    assert log.live == sum(block is not None for block in log.log) == len(log.log) - len(back)
+    assert not set(held) & set(back), "what the worker still uses"
+    assert log.report is (reports[max(come)] if come else None)

@@ -116,3 +116,21 @@ def test_a_client_that_leaves(deaf: bool, monkeypatch: pytest.MonkeyPatch) -> No
 
     asyncio.run(run())
     assert said == (["waits", "cancelled"] if deaf else ["http.disconnect"])
+
+
+@pytest.mark.parametrize(
+    ("body", "prompt"),
+    [
+        (b'{"prompt": "a b", "n": 1}', '"a b"'),
+        (b'{"prompt": [1, 2]}', "[1, 2]"),
+        (b'{"messages": [{"role": "user", "content": "a"}]}', '[{"role": "user", "content": "a"}]'),
+        (b'{"prompt": "a", "vllm_xargs": {"prune.strength": 0.5}}', '[{"vllm_xargs": {"prune.strength": 0.5}}, "a"]'),
+        (b'{"input": "a"}', ""),
+        (b"[1]", ""),
+        (b"", ""),
+        (b"\xff", ""),
+        (b"[" * 100_000, ""),
+    ],
+)
+def test_what_replicas_are_chosen_by(body: bytes, prompt: str) -> None:
+    assert Call("POST", "/v1/completions", body=body).prompt == prompt

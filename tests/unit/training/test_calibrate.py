@@ -62,13 +62,15 @@ def test_sweep_is_what_pair_by_pair_counting_finds(method: str, tmp_path: Path) 
     model = load_gated(tiny.save_gated(tmp_path, method), dtype=torch.float32)
     ids = torch.randint(3, tiny.VOCAB, (2, 24), generator=torch.Generator().manual_seed(1))
     for point in sweep(model, ids, [0.0, 0.6, 3.0]):
-        seen = live = pairs = 0
+        seen = live = pairs = early = 0
+        early_pairs = 16 * 15 // 2 * model.section.num_layers * len(ids)
         loss, kl = 0.0, 0.0
         for row in ids:
             expiry = model(row, "hard", strength=point.strength).expiry  # [L, E, T]
             for n in range(24):
                 for j in range(n):
                     seen, pairs = seen + (n < expiry[..., j]).double(), pairs + 1
+                    early += (n < expiry[..., j]).double().mean(-1).sum().item() if n < 16 else 0
             live = live + (expiry > 23).double().mean(-1)
             p = model(row, "open").logits.double().log_softmax(-1)
             q = model(row, "hard", strength=point.strength).logits.double().log_softmax(-1)
@@ -76,6 +78,7 @@ def test_sweep_is_what_pair_by_pair_counting_finds(method: str, tmp_path: Path) 
             kl += (p.exp() * (p - q)).sum(-1).mean().item() / 2
         torch.testing.assert_close(point.kept, seen / pairs)
         torch.testing.assert_close(point.live, live / 2)
+        assert point.shorter == {16: pytest.approx(early / early_pairs)}
         assert point.ppl == pytest.approx(math.exp(loss / 46), rel=1e-4)
         assert point.kl == pytest.approx(kl, rel=1e-3, abs=1e-6)
         assert (point.kept.mean() < 0.95) == (point.strength > 0) == (point.kl > 1e-3)
@@ -97,6 +100,12 @@ def test_calibrate_stores_a_table_that_the_server_reads(folder: Path) -> None:
     (point,) = sweep(model, windows.ids, [model.section.strength])
     assert point.kept.mean().item() == pytest.approx(0.5, abs=0.05)  # between rows it is linear, so not exact
     assert model.section.expected_keep == pytest.approx(0.5)
+    (short,) = sweep(model, windows.ids[:, :32], [table.strength_at(0.5, 32)])
+    assert (
+        short.kept.mean().item()
+        == pytest.approx(0.5, abs=0.05)
+        != pytest.approx(table.keep_at(table.strength_at(0.5), 32), abs=0.05)
+    )
     check_calibration(find_gate_file(str(folder / "model")), model.section)
     assert f"{table.rows[-1].ppl:.3f}" in describe(table)
 

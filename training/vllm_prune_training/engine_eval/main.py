@@ -22,7 +22,7 @@ from vllm_prune.config import DropGateConfig, parse_drop_gate, read_config_json
 from vllm_prune.demo.launch import pool_bytes
 from vllm_prune.demo.main import find_model, load_tokenizer
 from vllm_prune.demo.report import model_facts, origin
-from vllm_prune.errors import PruneError
+from vllm_prune.errors import PruneError, writing
 
 from .. import tasks
 from .jobs import BLOCK_TOKENS, LEAST_NEW_TOKENS, Answer, Engine
@@ -145,7 +145,7 @@ def run_eval(options: EvalOptions, console: Console) -> dict[str, Any]:
 
     check_names(options.tasks)
     folder = find_model(options.model)
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     section = parse_drop_gate(config, options.strength, options.keep)
     positions = config.max_position_embeddings
     lengths = choose_lengths(options.lengths, positions)
@@ -166,12 +166,22 @@ def run_eval(options: EvalOptions, console: Console) -> dict[str, Any]:
         opened = judge(samples, _run(dense, samples, work, "open", console), tokenizer)
     shutil.rmtree(work)
     result = build_result(options, folder, config, section, engine, source, gated, opened, load)
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    show(console, result)
-    if options.json is not None:
-        console.print(f"Written to [bold]{escape(str(options.json))}[/].")
+    publish(options.json, result, console)
     return result
+
+
+def publish(path: Path | None, result: dict[str, Any], console: Console) -> None:
+    """Print the result, and write it where that is wanted.
+
+    Raises:
+        PruneError: it cannot be written; it was printed before.
+    """
+    show(console, result)
+    if path is None:
+        return
+    with writing(path, "All but the single answers is printed above."):
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    console.print(f"Written to [bold]{escape(str(path))}[/].")
 
 
 def _run(engine: Engine, samples: Sequence[Sample], work: Path, name: str, console: Console) -> list[Answer]:

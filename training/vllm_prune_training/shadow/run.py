@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from vllm_prune.checkpoint import save_gates
 from vllm_prune.config import DropGateConfig
@@ -29,6 +29,7 @@ from vllm_prune.gates.shadow import close_lowest
 from ..build import base_config
 from ..checkpoints import SaveFailed, publish, put_aside
 from ..export import ExportOptions, export
+from ..export_files import load_model
 from ..families import gate_shape
 from ..masked import GatedModel
 from ..provenance import git_commit
@@ -65,8 +66,8 @@ def run(recipe: ShadowRecipe, resume: bool = True) -> Outcome:
     if limit is not None and longest > limit:
         raise PruneError(f"shadow.prompt and continuation have {longest} tokens, the model has {limit} positions.",
                          "Lower them.")  # fmt: skip
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model)
-    model = AutoModelForCausalLM.from_pretrained(recipe.model, config=config, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model, trust_remote_code=False)
+    model = load_model(recipe.model, config, torch.float32)
     model.eval().requires_grad_(False)
     places(model)
     if recipe.shadow.neuron_criterion == "weight" and not all(into_neurons(model)):

@@ -1,0 +1,140 @@
+"""Prefix caching with 80 % of the keys dropped, against stock vLLM with its own: hits, prefixes held, a load of several turns.
+
+    python benchmarks/prefix.py [--quick] [--json PATH]
+
+Engines of one process take turns on equal pools. ``first_token``: time to the first token of a prompt whose beginning is held,
+over that of stock's hit (``hit``) and of the plugin without caching (``cold``). ``prefixes``: how many of many long prompts are
+still held after all were served. ``turns``: conversations that each come back with their whole history and some more; the pool
+has room for a part of them, so that somebody's history is lost between turns.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from typing import Any
+
+from common import Engine, Shape, arguments, frame, publish, say, spread, temporary_models
+
+RANK = 16
+KEEP = 0.2
+SHAPE = Shape(hidden=512, layers=4, heads=16, kv_heads=4, head_dim=64, mlp=1024, vocab=4096)
+
+
+def ask(engine: Engine, prompts: list[list[int]], new_tokens: int, tag: str) -> tuple[float, list[Any]]:
+    """All prompts at once, greedy: seconds until all have ended, and the outputs in their order."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+    for i, ids in enumerate(prompts):
+        engine.llm.llm_engine.add_request(f"{tag}{i:04d}", {"prompt_token_ids": ids}, params)
+    begin = time.perf_counter()
+    found = engine.drain()
+    return time.perf_counter() - begin, sorted(found, key=lambda output: output.request_id)
+
+
+def drawn(rng: random.Random, tokens: int) -> list[int]:
+    return [rng.randrange(3, SHAPE.vocab) for _ in range(tokens)]
+
+
+def first_token(engines: dict[str, Engine], length: int, rounds: int) -> dict[str, Any]:
+    """Seconds to the first token of a prompt of ``length`` tokens, and 16 that are new, by engine."""
+    rng = random.Random(1)
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    for turn in range(rounds):
+        prefix, tails = drawn(rng, length), [drawn(rng, 16) for _ in range(2)]
+        for name, engine in engines.items():
+            ask(engine, [prefix + tails[0]], 1, f"w{turn}")
+            seconds, (output,) = ask(engine, [prefix + tails[1]], 1, f"f{turn}")
+            assert (output.num_cached_tokens >= length - 32) == (name != "plugin_without"), (
+                name,
+                output.num_cached_tokens,
+            )
+            times[name].append(seconds)
+    hits = [a / b for a, b in zip(times["plugin"], times["stock"], strict=True)]
+    cold = [a / b for a, b in zip(times["plugin_without"], times["plugin"], strict=True)]
+    return {"prompt": length, "hit_over_stock_hit": statistics.median(hits), "without_over_hit": statistics.median(cold),
+            "spread": {"hit_over_stock_hit": spread(hits), "without_over_hit": spread(cold)}, "rounds": rounds}  # fmt: skip
+
+
+def prefixes(engine: Engine, length: int, count: int) -> dict[str, Any]:
+    """Of ``count`` prompts, asked again from the newest, how many are found; then one that was found is not counted twice."""
+    rng = random.Random(2)
+    prompts = [drawn(rng, length) for _ in range(count)]
+    for i, prompt in enumerate(prompts):
+        ask(engine, [prompt], 1, f"p{i}")
+    found = 0
+    for i, prompt in enumerate(reversed(prompts)):
+        _, (output,) = ask(engine, [prompt], 1, f"q{i}")
+        if output.num_cached_tokens < length // 2:
+            break  # from here on older ones were lost, and computing this one anew throws out others
+        found += 1
+    return {"prompt": length, "asked": count, "held": found}
+
+
+def turns(engine: Engine, people: int, length: int, said: int, answer: int, rounds: int) -> dict[str, Any]:
+    """``people`` conversations, all at once in each turn; answers are made up, so that all engines see the same prompts."""
+    rng = random.Random(3)
+    history = [drawn(rng, length) for _ in range(people)]
+    seconds = cached = asked = 0.0
+    for turn in range(rounds):
+        took, outputs = ask(engine, history, answer, f"t{turn}_")
+        seconds += took
+        cached += sum(output.num_cached_tokens for output in outputs)
+        asked += sum(map(len, history))
+        history = [ids + drawn(rng, answer + said) for ids in history]
+    return {"people": people, "turns": rounds, "first_prompt": length, "prompt_tokens": asked, "cached_tokens": cached,
+            "seconds": seconds, "tokens_per_second": (asked + people * rounds * answer) / seconds}  # fmt: skip
+
+
+def three(folders: Any, blocks: int, longest: int, budget: int) -> dict[str, Engine]:
+    options = {"max_model_len": longest, "max_num_seqs": 32, "max_num_batched_tokens": budget}
+    return {
+        "stock": Engine(folders[0], SHAPE, blocks, enable_prefix_caching=True, **options),
+        "plugin": Engine(folders[1], SHAPE, blocks, enable_prefix_caching=True, **options),
+        "plugin_without": Engine(folders[1], SHAPE, blocks, **options),
+    }
+
+
+def main() -> None:
+    args = arguments("Prefix caching of compressed state against stock vLLM's.")
+    started = time.perf_counter()
+    length, people, rounds = (1024, 6, 4) if args.quick else (2048, 12, 10)
+    grown = length // 2 + rounds * 96
+    # Stock can hold the histories of half of the conversations.
+    blocks, scarce = 3 * length // 32 + 32, people * grown // 2 // 32 + 1
+    result: dict[str, Any] = {"benchmark": "prefix"}
+    with temporary_models(SHAPE, KEEP, RANK) as folders:
+        engines = three(folders, blocks, length + 64, 512)
+        result["first_token"] = first_token(engines, length, 3 if args.quick else 9)
+        say(result["first_token"])
+        result["prefixes"] = {
+            name: prefixes(engines[name], length // 2, 8 * blocks * 32 // length) for name in ("stock", "plugin")
+        }
+        say(result["prefixes"])
+        for engine in engines.values():
+            engine.close()
+        engines = three(folders, scarce, grown + 128, 512)
+        result["turns"] = {name: turns(engine, people, length // 2, 64, 32, rounds) for name, engine in engines.items()}
+        say(result["turns"])
+        for engine in engines.values():
+            engine.close()
+    by = {name: found["tokens_per_second"] for name, found in result["turns"].items()}
+    held = {name: found["held"] for name, found in result["prefixes"].items()}
+    result = {
+        "prefixes_over_stock": held["plugin"] / held["stock"],
+        "turns_over_stock": by["plugin"] / by["stock"],
+        "turns_over_without": by["plugin"] / by["plugin_without"],
+        "targets": {"hit_over_stock_hit": 1.1, "prefixes_over_stock": 0.85 / KEEP, "turns_over_stock": 1.0},
+        "pool_blocks": {"first_token, prefixes": blocks, "turns": scarce},
+        "gate": {"method": "dcp", "rank": RANK, "target_keep": KEEP, "expected_keep": KEEP},
+        **result,
+        **frame(args, SHAPE, started),
+    }
+    say({key: round(result[key], 3) for key in ("prefixes_over_stock", "turns_over_stock", "turns_over_without")})
+    publish(args, result)
+
+
+if __name__ == "__main__":
+    main()

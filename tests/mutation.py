@@ -1,0 +1,210 @@
+"""Mutation testing of ``vllm_prune/cache``: small faults are put in, one at a time, and the fast tests must notice.
+
+    python tests/mutation.py --json benchmarks/results/mutation.json [--sample N] [--fast] [--only MODULE]
+
+The faults are cosmic-ray's. Of the replacements that it knows for one place (an operator has a dozen) one is drawn, by a fixed
+seed; ``--sample`` draws N of those places a module. vLLM is imported once, and each fault tried in a child of this process, where
+an import hook hands out the changed source: the files stay as they are. A test that fails, or takes too long, has noticed.
+Survivors are listed, with reasons where there are, in docs/mutation.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import json
+import os
+import random
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks"), str(ROOT)]
+GRANTS, LEMMAS, MANAGER, ADMISSION, LANES, RECEIVED = (
+    f"tests/unit/cache/test_{name}.py"
+    for name in ("grants", "lemmas", "manager", "admission", "lanes", "received_lanes")
+)
+LAW3 = "tests/integration/test_law3_state_machine.py::test_pool_and_lanes"
+TESTS: dict[str, list[str]] = {
+    "manager": [MANAGER, ADMISSION, f"{LAW3}[dcp]"],
+    "lanes": [LANES, RECEIVED, f"{LAW3}[dms]"],
+    "grants": [GRANTS, LEMMAS, MANAGER, ADMISSION],
+    "promise": [LEMMAS],
+    "ranks": ["tests/unit/cache/test_ranks.py", LANES],
+    "views": [LANES],
+    "spec": [MANAGER, f"{LAW3}[dcp_kv_head]"],
+    "geometry": [GRANTS, LEMMAS, MANAGER],
+    "lane_ops": [LANES, RECEIVED, f"{LAW3}[dcp_kv_head]", f"{LAW3}[dms]"],
+}
+"""Module of ``vllm_prune/cache`` to the tests that must notice, one file after the other."""
+SLOWER = (ADMISSION, LAW3)
+"""Left out with ``--fast``: what lives then may not have lived."""
+DESELECT = ("storms", "all_ranks_hear")
+"""Too slow, or in processes of their own, which import the files as they are."""
+SLOW = (
+    "conftest", "hypothesis.stateful", "torch.distributed", "transformers.models.qwen3.modeling_qwen3", "vllm._custom_ops",
+    "vllm.engine.arg_utils", "vllm.model_executor.layers.attention.attention", "vllm.model_executor.models.config",
+    "vllm.v1.core.sched.async_scheduler", "vllm.v1.structured_output", "vllm.v1.worker.kv_connector_model_runner_mixin",
+    "vllm.distributed.kv_transfer.kv_connector.v1.metrics", "vllm.v1.attention.backend", "torch.multiprocessing",
+)  # fmt: skip
+"""Imported before the first child; ``conftest`` sets the environment."""
+LIMIT = 400
+"""Seconds that a child may take."""
+EQUAL = ("ReplaceBinaryOperator_BitOr_", "ReplaceUnaryOperator_Delete_", "AddNot_never")
+"""Operators of cosmic-ray that change nothing here: ``|`` stands in annotations alone, which nobody evaluates."""
+
+
+def faults(path: Path, seed: int) -> list[tuple[str, int, int, str]]:
+    """Of a module: operator, occurrence, line and function; one a place and kind, in random order."""
+    from cosmic_ray import plugins
+    from cosmic_ray.ast import ast_nodes, get_ast_from_path
+    from cosmic_ray.ast.ast_query import ASTQuery
+
+    tree, places = get_ast_from_path(path), {}  # type: ignore[var-annotated]
+    for name in plugins.operator_names():
+        operator_class = plugins.get_operator(name)
+        if operator_class.arguments() or any(equal in name for equal in EQUAL):
+            continue
+        operator = operator_class()
+        spots = [(node, at) for node in ast_nodes(tree) for at, _ in operator.mutation_positions(node)]
+        for occurrence, (node, at) in enumerate(spots):
+            kind = name.split("_")[0]
+            places.setdefault((at, kind), []).append(
+                (name, occurrence, at[0], ASTQuery(node).get_definition_name() or "")
+            )
+    dice = random.Random(seed)
+    found = [dice.choice(places[place]) for place in sorted(places)]
+    dice.shuffle(found)
+    return found
+
+
+def mutated(path: Path, name: str, occurrence: int) -> str | None:
+    from cosmic_ray import plugins
+    from cosmic_ray.mutating import mutate_code
+
+    return mutate_code(path.read_text(), plugins.get_operator(name)(), occurrence)  # type: ignore[no-any-return]
+
+
+class Changed(importlib.abc.MetaPathFinder, importlib.machinery.SourceFileLoader):
+    """Import hook: one module of another source than its file's. Never cached."""
+
+    def __init__(self, fullname: str, path: Path, source: str) -> None:
+        super().__init__(fullname, str(path))
+        self.source = source.encode()
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if fullname != self.name:
+            return None
+        return importlib.util.spec_from_file_location(fullname, self.path, loader=self)
+
+    def get_data(self, path: Any) -> bytes:
+        return self.source
+
+    def path_stats(self, path: Any) -> Any:
+        raise OSError  # no bytecode is looked for, nor kept
+
+
+def tried(module: str, path: Path, source: str, fast: bool) -> str:
+    """``killed``, ``too long`` or ``survived``."""
+    child = os.fork()
+    if child == 0:
+        code = 3
+        try:
+            quiet = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(quiet, 1)
+            os.dup2(quiet, 2)
+            sys.meta_path.insert(0, Changed(f"vllm_prune.cache.{module}", path, source))
+            code = run_tests(module, fast)
+        finally:
+            os._exit(code)
+    until = time.monotonic() + LIMIT
+    while time.monotonic() < until:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return "killed" if status else "survived"
+        time.sleep(0.05)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    return "too long"
+
+
+def run_tests(module: str, fast: bool) -> int:
+    import pytest
+
+    wanted = " and ".join(f"not {name}" for name in DESELECT)
+    for tests in TESTS[module]:
+        if fast and tests.startswith(SLOWER):
+            continue
+        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:warnings", "-k", wanted, tests]))
+        if code:
+            return code
+    return 0
+
+
+def preload() -> None:
+    """All that is slow to import, and nothing of ours."""
+    for name in SLOW:
+        importlib.import_module(name)
+    del sys.modules["conftest"]
+    ours = [name for name in sys.modules if name.startswith("vllm_prune")]
+    assert not ours, f"imported before they could be changed: {ours}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Mutation testing of vllm_prune/cache.")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--sample", type=int, help="places a module; default all")
+    parser.add_argument("--only", choices=list(TESTS), action="append", help="modules; default all")
+    parser.add_argument("--fast", action="store_true", help="unit tests of the module alone")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    started = time.perf_counter()
+    os.chdir(ROOT)
+    os.environ["VLLM_PRUNE_HISTORIES"] = "3"
+    preload()
+    modules: dict[str, Any] = {}
+    for module in args.only or TESTS:
+        path = ROOT / "vllm_prune" / "cache" / f"{module}.py"
+        if tried(module, path, path.read_text(), args.fast) != "survived":
+            raise SystemExit(f"{module}: the tests fail without any fault")
+        every = faults(path, args.seed)
+        outcomes: Counter[str] = Counter()
+        survivors = []
+        for name, occurrence, line, function in every[: args.sample]:
+            source = mutated(path, name, occurrence)
+            if source is None:
+                continue
+            outcome = tried(module, path, source, args.fast)
+            outcomes[outcome] += 1
+            if outcome == "survived":
+                old, new = path.read_text().splitlines(), source.splitlines()
+                at = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), line - 1)
+                change = [old[at].strip(), new[at].strip() if at < len(new) else ""]
+                survivors.append({"line": at + 1, "in": function, "operator": name.split("/")[1], "change": change})
+                print(module, survivors[-1], file=sys.stderr, flush=True)
+        modules[module] = {"places": len(every), "tried": sum(outcomes.values()), **outcomes, "survivors": survivors}
+        print(module, dict(outcomes), round(time.perf_counter() - started), file=sys.stderr, flush=True)
+        write(args, modules, started)
+
+
+def write(args: argparse.Namespace, modules: dict[str, Any], started: float) -> None:
+    if args.json is None:
+        return
+    from common import origin
+
+    total = sum(module["tried"] for module in modules.values())
+    lived = sum(len(module["survivors"]) for module in modules.values())
+    result = {
+        "killed_share": round(1 - lived / max(total, 1), 4), "tried": total, "sample": args.sample, "fast": args.fast,
+        "seed": args.seed, "modules": modules, **origin(1, started),
+    }  # fmt: skip
+    args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,337 @@
+"""The lane store by itself: grants and pages, reports, recorded drops, several ranks; the cache's view as head-pages."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_prune.cache import lane_ops
+from vllm_prune.cache.geometry import LaneGeometry
+from vllm_prune.cache.lane_ops import NEVER, Boundary, Lanes, Tokens, check, lib
+from vllm_prune.cache.lanes import LaneStore
+from vllm_prune.cache.ranks import Ranks
+from vllm_prune.cache.views import layers_in_one
+
+L, H, N, D, BLOCKS = 3, 2, 32, 32, 12
+GEOMETRY = LaneGeometry(L, H, D, N)
+
+
+def store_of(**changes) -> LaneStore:
+    args = {"max_requests": 3, "max_tokens": 320, "num_blocks": BLOCKS, "dtype": torch.float32, "units": 1, **changes}
+    store = LaneStore(args.pop("geometry", GEOMETRY), **args)
+    store.bind(list(torch.zeros(L, BLOCKS, H, N, 2 * D)))
+    return store
+
+
+def write(store: LaneStore, name: str, start: int, count: int) -> None:
+    """Dense tokens in all layers; keys are their positions."""
+    for layer in range(L):
+        key = torch.arange(start, start + count).float()[:, None, None].expand(count, H, D).contiguous()
+        tokens = Tokens().point(key, key + 0.5, None)
+        slot = store.slots[name].slot
+        past = np.full((1, 400), NEVER, np.int32)
+        chunk = np.full((1, count), NEVER, np.int32)
+        args = (store.lanes.ref, slot, layer, start, start, 0, count, tokens, past.ctypes.data, 400, chunk.ctypes.data)
+        check(lib.steps_settle_chunk(*args))
+
+
+def skip(store: LaneStore, layer: int, slots: list[int], positions: list[int]) -> None:
+    """Tokens that a layer does not run on: dropped where they stand."""
+    s, p = np.asarray(slots, np.int32), np.asarray(positions, np.int32)
+    check(lib.lanes_skip(store.lanes.ref, layer, len(s), s.ctypes.data, p.ctypes.data))
+
+
+def lane(store: LaneStore, name: str, layer: int, head: int) -> list[float]:
+    """First number of each key of a lane."""
+    slot, at = store.slots[name].slot, layer * store.geometry.lanes_per_layer + head
+    pages = store.lanes.table[slot, at, : -(-int(store.lanes.length[slot, at]) // N)]
+    keys = store.kv_tensor[torch.from_numpy(pages)][:, : N * D].view(-1, D, N)[:, 0].flatten()
+    return keys[: int(store.lanes.length[slot, at])].tolist()
+
+
+# Grants, pages, reports -----------------------------------------------------------------------------------------------
+
+
+def test_pages_come_from_the_lowest_grants_and_tails_go_back():
+    store = store_of()
+    store.update("a", 1, [5])
+    store.update("a", 1, [7, 3])
+    slot = store.slots["a"].slot
+    a = store.lanes
+    assert store.slots["a"].grants == [5, 7, 3] and store.slots["a"].first_block == 5 and a.n_free[slot] == 3 * L * H
+    assert store.slot_of_block == {5: "a"}
+    write(store, "a", 0, N)
+    used = {int(page) // H % BLOCKS for page in a.table[slot, :, 0]}
+    assert used == {5}, "one page a lane: all of the first grant"
+    assert a.n_free[slot] == 2 * L * H
+    told = store.report({"a": N})["a"]
+    assert (told.epoch, told.covered, told.pages, told.keep, told.seen) == (1, N, (6, 12, 12), 1, 3)
+    assert (told.dropped, told.held, told.peak_pages, told.in_use, told.by_layer, told.ends) == (
+        0, L * N, 6, 6, (0, 0, 0, 0), 0,
+    )  # fmt: skip
+    assert told.kept_pairs == 1.0 and told.drops is None
+    assert store.slots["a"].grants == [5, -1, -1] and store.slots["a"].returned == 2 and a.n_free[slot] == 0
+    store.update("a", 1, [9, 10])
+    assert store.slots["a"].grants == [5, -1, -1, 9, 10]
+    write(store, "a", N, N + 1)
+    assert lane(store, "a", 2, 1) == list(range(2 * N + 1))
+    again = store.report({"a": 2 * N + 1})["a"]
+    assert (again.pages, again.keep, again.seen, again.peak_pages) == ((18, 18, 18), 5, 5, 18)
+
+
+@pytest.mark.parametrize(("ahead", "keep"), [(0, 1), (1, 2), (2, 2), (33, 3), (64, 3), (65, 4)])
+def test_what_may_be_in_flight_is_kept(ahead, keep):
+    store = store_of()
+    store.update("a", 1, [1, 2, 3, 4, 5])
+    write(store, "a", 0, N)
+    assert store.report({"a": N}, {"a": ahead, "b": 500})["a"].keep == keep
+
+
+def test_pages_are_packed_into_the_lowest_grants():
+    store = store_of()
+    store.update("a", 4, [1, 2, 3, 4])
+    write(store, "a", 0, 3 * N)
+    before = [lane(store, "a", layer, head) for layer in range(L) for head in range(H)]
+    a, slot = store.lanes, store.slots["a"].slot
+    for at in range(L * H):  # only the newest page of each lane is left
+        newest = int(a.table[slot, at, 2])
+        for index in range(2):
+            a.page_lane[a.table[slot, at, index]] = -1
+            a.free_pages[slot, a.n_free[slot]] = a.table[slot, at, index]
+            a.n_free[slot] += 1
+        a.table[slot, at, 0], a.page_index[newest], a.length[slot, at] = newest, 0, N
+    told = store.report({"a": 3 * N})["a"]
+    assert (told.keep, told.seen, told.pages[0]) == (1, 4, 6) and store.slots["a"].grants == [1, -1, -1, -1]
+    after = [lane(store, "a", layer, head) for layer in range(L) for head in range(H)]
+    assert after == [keys[2 * N :] for keys in before]
+    assert {int(page) // H % BLOCKS for page in a.table[slot, :, 0]} == {1}
+
+
+def test_a_long_log_gives_nothing_back_any_more():
+    store = store_of(max_grants=14)  # 10 blocks hold 320 tokens
+    store.update("a", 1, [1, 2, 3, 4])
+    write(store, "a", 0, 5)
+    assert store.report({"a": 5})["a"].keep == 1
+    store.update("a", 1, [5])
+    assert store.report({"a": 5})["a"].keep == 5
+    assert store_of().shrink_limit is None
+
+
+def test_ends_and_new_lives():
+    store = store_of(record=True)
+    for name, block in (("a", 1), ("b", 2), ("c", 3)):
+        store.update(name, 1, [block])
+    assert sorted(state.slot for state in store.slots.values()) == [0, 1, 2]
+    write(store, "b", 0, 9)
+    slot = store.slots["b"].slot
+    store.set_facts("b", 9, 2.0)
+    store.spare("b", [(2, 4), (6, 7)])
+    a = store.lanes
+    assert a.prompt[slot] == 9 and a.strength[slot] == 2.0
+    assert a.n_spared[slot] == 3 and np.flatnonzero(a.spared[slot]).tolist() == [2, 3, 6]
+    a.ends[slot], a.closed[slot], a.dropped[slot] = 5, 1, 1
+    store.forget("b")
+    store.forget("nobody")
+    assert "b" not in store.slots and 2 not in store.slot_of_block and (a.page_lane == -1).all()
+    numbers = (a.length, a.n_free, a.dropped, a.ends, a.closed, a.spared, a.n_spared)
+    assert not any(x[slot].any() for x in numbers) and a.prompt[slot] == NEVER
+    store.update("d", 7, [4])
+    assert store.slots["d"].slot == slot and store.slots["d"].epoch == 7
+    store.update("a", 2, [5])
+    assert store.slots["a"].grants == [5] and 1 not in store.slot_of_block, "another epoch is another life"
+    store.update("a", 2, [])
+    with pytest.raises(RuntimeError, match="request e starts without blocks"):
+        store.update("e", 1, [])
+    assert store.report({}) == {}
+
+
+# Recorded drops -------------------------------------------------------------------------------------------------------
+
+
+def test_drops_are_recorded_by_life():
+    store = store_of(record=True)
+    store.update("a", 1, [1])
+    store.update("b", 1, [2])
+    a, b = store.slots["a"].slot, store.slots["b"].slot
+    store.reserve_events(10)
+    skip(store, 1, [a, b, a], [3, 0, 5])
+    skip(store, 2, [a], [0])
+    want = np.full((L, 1, 6), NEVER)
+    want[1, 0, [3, 5]], want[2, 0, 0] = [3, 5], 0
+    np.testing.assert_array_equal(store.expiries("a", 6), want)
+    assert (store.expiries("b", 2) != NEVER).sum() == 1
+    store.update("a", 2, [3])
+    store.reserve_events(10)
+    skip(store, 0, [store.slots["a"].slot], [1])
+    assert np.argwhere(store.expiries("a", 6) != NEVER).tolist() == [[0, 0, 1]], "of the last life alone"
+    store.forget("a")
+    assert np.argwhere(store.expiries("a", 6) != NEVER).tolist() == [[0, 0, 1]], "and after its end"
+    told = store.report({"b": 1})["b"]
+    assert (told.dropped, told.by_layer) == (1, (1, 0, 1, 0))
+    with pytest.raises(KeyError, match="is the option 'record' on"):
+        store.expiries("c", 1)
+
+
+def test_drops_are_told_once_to_who_asked():
+    store = store_of()
+    store.update("a", 1, [1])
+    store.update("b", 1, [2])
+    store.set_facts("a", 9, 1.0, mapped=True)
+    a, b = store.slots["a"].slot, store.slots["b"].slot
+    store.reserve_events(4)
+    skip(store, 1, [a, b], [3, 4])
+    store.set_facts("a", 9, 1.0, mapped=True)
+    told = store.report({"a": 4, "b": 5})
+    assert told["a"].drops.tolist() == [[1, 3, 3]] and told["b"].drops is None
+    assert store.report({"a": 4})["a"].drops.shape == (0, 3)
+    store.reserve_events(0)
+    skip(store, 1, [a], [5])
+    assert store.report({"a": 6})["a"].drops.shape == (0, 3), "nothing is recorded when nobody wants it"
+    assert not store.events
+
+
+def test_room_for_events_grows_and_too_little_is_found_out():
+    store = store_of(record=True)
+    store.update("a", 1, [1])
+    slot = store.slots["a"].slot
+    store.reserve_events(2)
+    assert store.lanes.store.events_cap == 2
+    store.reserve_events(1)
+    assert store.lanes.store.events_cap == 2
+    with pytest.raises(RuntimeError, match="event buffer overflowed"):
+        skip(store, 0, [slot] * 3, [0, 1, 2])
+    store.reserve_events(5)
+    assert store.lanes.store.events_cap == 5 and store.lanes.events.shape == (5, 4)
+
+
+def test_bypassed_tokens_are_recorded():
+    store = store_of(record=True)
+    store.update("a", 1, [1])
+    store.update("b", 3, [2])
+    slots = np.asarray([store.slots[name].slot for name in "aba"])
+    store.record_passed(2, slots, np.asarray([4, 1, 6]))
+    assert np.argwhere(store.passed_by("a", 8)).tolist() == [[2, 4], [2, 6]]
+    assert np.argwhere(store.passed_by("b", 8)).tolist() == [[2, 1]]
+    store.update("a", 2, [3])
+    assert not store.passed_by("a", 8).any()
+    off = store_of()
+    off.update("a", 1, [1])
+    off.record_passed(0, np.asarray([0]), np.asarray([0]))
+    assert not off.passed
+
+
+# Several ranks, one by one --------------------------------------------------------------------------------------------
+
+
+class Other:
+    """vLLM's coordinator of two ranks, of which this one tells what the other, ``more``, would."""
+
+    def __init__(self, more) -> None:
+        self.more = more
+
+    def all_gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        assert x.dtype == torch.float32
+        return torch.cat([x, self.more(x.view(torch.int64).clone()).view(torch.float32)], dim)
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 7
+
+
+def test_the_rank_that_needs_most_decides_what_is_kept():
+    def more(x: torch.Tensor) -> torch.Tensor:
+        x[:, :4] += 7  # need, and pages now and after one and two tokens
+        x[:, 4:6] += 100  # held, ends
+        x[:, 6:] += torch.tensor([1, 2, 9])
+        return x
+
+    ranks = Ranks(1, 2, True, Other(more))
+    store = store_of(ranks=ranks)
+    store.update("a", 1, [1, 2, 3, 4])
+    write(store, "a", 0, N)
+    told = store.report({"a": N})["a"]
+    assert (told.pages, told.keep, told.seen) == ((13, 19, 19), 3, 4)
+    assert (told.held, told.dropped, told.ends) == (2 * L * N + 100, 12, 100)
+    assert told.by_layer == (9, 1, 2, 9) and told.in_use == 6 + 13 and told.peak_pages == 13
+    assert ranks.several and not ranks.speaks and not Ranks().several and Ranks().speaks
+    assert ranks.first(torch.ones(2)).tolist() == [7, 7] and Ranks(0, 2, group=Other(more)).first(
+        torch.ones(2)
+    ).tolist() == [8, 8]
+    assert store.report({}) == {}, "nobody to speak of, nothing to join"
+
+
+# Views and loops -------------------------------------------------------------------------------------------------------
+
+
+def test_all_layers_are_one_row_of_pages():
+    cache = torch.arange(L * BLOCKS * H * N * 2 * D).float().view(L, BLOCKS, H, N, 2 * D)
+    flat = layers_in_one(list(cache), BLOCKS, H, N, D)
+    assert flat.shape == (L * BLOCKS * H, 2 * N * D) and flat.data_ptr() == cache.data_ptr()
+    assert torch.equal(flat[(1 * BLOCKS + 4) * H + 1], cache[1, 4, 1].flatten())
+    part = torch.cat([cache[:1], cache])[1:]  # not at the beginning of its storage
+    assert torch.equal(layers_in_one(list(part), BLOCKS, H, N, D), flat)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [torch.zeros(BLOCKS, H, N, 2 * D), torch.zeros(BLOCKS, H, N, 2 * D)],
+        list(torch.zeros(2, BLOCKS + 1, H, N, 2 * D)),
+        list(torch.zeros(2, BLOCKS, N, H, 2 * D).transpose(2, 3)),
+        [torch.zeros(2, BLOCKS, H, N, 2 * D)[i] for i in (1, 0)],
+    ],
+    ids=["apart", "another shape", "another layout", "turned round"],
+)
+def test_another_layout_is_refused(layers):
+    with pytest.raises(RuntimeError, match=r"layer [01] of the KV cache is .* the layout LBHNC"):
+        layers_in_one(layers, BLOCKS, H, N, D)
+
+
+def test_shapes_of_the_arrays():
+    g = LaneGeometry(L, H, D, N, 16, 2)
+    lanes = Lanes(g, BLOCKS, 5, width=11, free_width=70, units=2, elem=2, received=True)
+    pages = L * BLOCKS * H
+    assert lanes.table.shape == (5, L * 4, 11) and lanes.length.shape == (5, L * 4)
+    assert lanes.free_pages.shape == (5, 70) and lanes.n_free.shape == (5,) and (lanes.page_lane == -1).all()
+    assert lanes.pos.shape == lanes.exp.shape == lanes.mass.shape == (pages, N) and lanes.page_index.shape == (pages,)
+    assert lanes.dropped.shape == lanes.closed.shape == (5, L, 2) and (lanes.prompt == NEVER).all()
+    assert lanes.spared.shape == (5, 11 * N) and lanes.events.shape == (0, 4)
+    s = lanes.store
+    sizes = (s.lanes, s.W, s.F, s.T, s.L, s.H, s.B, s.N, s.D, s.r, s.Ng, s.per_layer, s.units, s.elem, s.events_cap)
+    assert sizes == (L * 4, 11, 70, 11 * N, L, H, BLOCKS, N, D, 16, 128, 4, 2, 2, 0)
+    plain = Lanes(GEOMETRY, BLOCKS, 5, 11, 70, 1, 4)
+    assert plain.mass is None and plain.store.mass is None and plain.store.Ng == 1
+    assert store_of().lanes.store.W == 11 and store_of().lanes.store.F == 12 * L * H
+    assert store_of(dtype=torch.bfloat16).lanes.store.elem == 2 and store_of(received=True).lanes.mass is not None
+
+
+def test_pointers_of_tokens():
+    key, value, f = torch.zeros(4, H, D), torch.zeros(4, 2 * H, D)[:, :H], torch.zeros(4, 9)[:, :5]
+    positions = np.zeros(4, np.int32)
+    tokens = Tokens().point(key, value, f, positions)
+    assert (tokens.key, tokens.value, tokens.features) == (key.data_ptr(), value.data_ptr(), f.data_ptr())
+    assert (tokens.key_stride, tokens.value_stride, tokens.feature_stride) == (H * D, 2 * H * D, 9)
+    assert tokens.num_features == 5 and tokens.positions == positions.ctypes.data
+    assert tokens.point(key, key, None).positions is None
+    query = torch.zeros(4, 6, D)[1:]
+    assert Boundary().point(query).query == query.data_ptr() and Boundary().point(query).query_stride == 6 * D
+
+
+@pytest.mark.parametrize(
+    ("code", "words"), [(-1, "ran out of granted pages"), (-2, "overflowed"), (-3, "memory"), (-9, ": -9 ")]
+)
+def test_codes_of_the_loops(code, words):
+    with pytest.raises(RuntimeError, match=words):
+        check(code)
+    assert check(0) == 0 and check(4) == 4
+
+
+def test_a_missing_compiled_part_says_so(monkeypatch):
+    monkeypatch.setattr(lane_ops, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="compiled part is missing"):
+        lane_ops._load()
+    monkeypatch.setattr(lane_ops, "find_spec", lambda name: SimpleNamespace(origin=None))
+    with pytest.raises(ImportError, match="compiled part is missing"):
+        lane_ops._load()
