@@ -175,11 +175,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "Leave --distributed-executor-backend out, or use mp or ray.",
     ),
     Refusal(
-        "fault-tolerance", lambda c: c.parallel_config.enable_fault_tolerance,
-        "a worker that failed in the middle of a step and goes on has dropped keys in some of its layers only.",
-        "Leave --enable-fault-tolerance out, and restart the engine or use more replicas.",
-    ),
-    Refusal(
         # Unless the user gave one, the hook chooses it.
         "block-size",
         lambda c: c.cache_config.user_specified_block_size and c.cache_config.block_size not in BLOCK_SIZES[_device(c)],

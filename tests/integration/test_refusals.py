@@ -162,9 +162,6 @@ CASES: dict[str, dict[str, tuple[Build, dict[str, Any]]]] = {
     "external-launcher": {
         "2": (QWEN3, {"tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher"}),
     },
-    "fault-tolerance": {
-        "external_load_balancer": (QWEN3, {"enable_fault_tolerance": True, "data_parallel_rank": 0}),
-    },
     "block-size": {"16": (QWEN3, {"block_size": 16}), "48": (QWEN3, {"block_size": 48})},
 }
 
