@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_prune.cache.geometry import LaneGeometry, cdiv
@@ -77,6 +77,7 @@ def test_a_page_that_cannot_hold_gate_keys_is_refused():
         LaneGeometry(1, 1, 32, 32, gate_rank=48)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 5)), min_size=1, max_size=8), st.randoms())
 def test_reports_in_any_order_twice_or_never(steps, rng):
     """A worker is granted blocks and gives some up, step after step; its reports come in any order, some twice, some never.
