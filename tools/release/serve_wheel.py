@@ -25,18 +25,23 @@ PROMPT = "A key that nobody asks for again may be forgotten. " * 12
 PACKAGES = ("vllm_prune", "vllm_prune_training", "vllm_prune_kernels")
 
 
-def install(wheel: Path, folder: Path) -> Path:
-    """An environment with the wheel, made anew; its Python."""
+def install(wheel: Path, folder: Path) -> None:
+    """Make an environment with the wheel."""
     venv.create(folder, clear=True, with_pip=True)
-    python = folder / "bin" / "python"
-    pip = [str(python), "-m", "pip", "install", "--quiet"]
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
     subprocess.run([*pip, "--require-hashes", "--no-deps", "-r", str(ROOT / "requirements/ci.lock")], check=True)
     subprocess.run([*pip, "torch==2.13.0"], check=True)
     meta = folder / "vllm-meta"  # a copy, since building it writes there
     shutil.copytree(ROOT / "requirements/vllm-meta", meta, ignore=shutil.ignore_patterns("build", "*.egg-info"))
     subprocess.run([*pip, "--no-build-isolation", "--no-deps", str(meta)], check=True)
     subprocess.run([*pip, str(wheel)], check=True)
-    return python
+
+
+def replace(wheel: Path, folder: Path) -> None:
+    """Install the wheel into an environment that has all the rest, instead of what it has of ours."""
+    python = str(folder / "bin" / "python")
+    subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "vllm-prune"], check=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", str(wheel)], check=True)
 
 
 def environment() -> dict[str, str]:
@@ -109,19 +114,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dist", type=Path, required=True, help="folder that holds the wheel")
     parser.add_argument("--work", type=Path, required=True, help="folder to work in, made anew")
+    parser.add_argument("--into", type=Path, help="an environment made by `make test` elsewhere, in place of a new one")
     args = parser.parse_args()
     (wheel,) = args.dist.resolve().glob("vllm_prune-*.whl")
     work = args.work.resolve()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    python = install(wheel, work / "venv")
+    folder = args.into.absolute() if args.into else work / "venv"
+    if args.into:
+        replace(wheel, folder)
+    else:
+        install(wheel, folder)
+    python = folder / "bin" / "python"
     checkpoint = Path(shutil.copytree(ROOT / "examples/reference-dcp", work / "served" / "reference-dcp"))
     origins = where(python, checkpoint.parent)
     result = {"wheel": wheel.name, "origins": origins, **serve(python, checkpoint, checkpoint.parent)}
     (work / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
     held, dropped = (result["summary"][name] for name in ("keys_held", "keys_dropped"))
-    strange = [path for path in origins.values() if not path.startswith(str(work / "venv"))]
+    strange = [path for path in origins.values() if not path.startswith(f"{folder}/")]
     if strange or not result["text"] or not result["metrics"] or not held or not dropped:
         print(f"not as it should be: {strange or 'no text, no keys dropped, or no metrics'}", file=sys.stderr)
         return 1

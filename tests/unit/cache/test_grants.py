@@ -81,6 +81,7 @@ def test_a_page_that_cannot_hold_gate_keys_is_refused():
     assert LaneGeometry(1, 1, 32, 32, gate_rank=2048).gate_page_tokens == 1
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 5)), min_size=1, max_size=8), st.randoms())
 def test_reports_in_any_order_twice_or_never(steps, rng):
     """A worker is granted blocks and gives some up, step after step; its reports come in any order, some twice, some never.

@@ -43,7 +43,9 @@ class Bare:
         )
 
     def asks(self, name: str, tokens: int, whole: bool = False) -> int:
-        return self.manager.get_num_blocks_to_allocate(name, tokens, [], 0, 0, tokens, apply_admission_cap=whole)
+        report = self.manager.grants[name].report if name in self.manager.grants else None
+        computed, more = (report.covered if report else 0), {"apply_admission_cap": True} if whole else {}
+        return self.manager.get_num_blocks_to_allocate(name, tokens, [], computed, computed, tokens, **more)
 
     def grant(self, name: str, tokens: int) -> int:
         if name not in self.manager.num_cached_block:
@@ -58,6 +60,9 @@ class Bare:
 def test_a_manager_grants_and_takes_back():
     bare = Bare(expected_keep=0.25)
     assert bare.asks("a", 200, whole=True) == bare.spec.peak_blocks(200) == 5
+    assert bare.asks("a", 200) == bare.spec.geometry.blocks_for(200) == 7, (
+        "a step is not planned: it gets what it may need"
+    )
     assert bare.asks("a", 64) == bare.grant("a", 64) == 2
     assert bare.asks("a", 200, whole=True) == 3, "what it holds is not asked for again"
     assert bare.asks("a", 128) == bare.grant("a", 128) == 2 and bare.grant("a", 128) == 0
