@@ -5,6 +5,7 @@ float32 models, as in ``test_law2_drop_sets``. Cold runs are on the same engine,
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -143,6 +144,8 @@ def test_foreign_state_is_not_read(gated):
     """Same tokens at another strength, with other protected keys or another cache salt: computed, and then held beside it."""
     (prompt,) = prompts([100], seed=9)
     method = gated.name.rstrip("0123456789")
+    if method not in ("dcp", "dms", "acc") and os.environ.get("VLLM_PRUNE_FULL") != "1":
+        pytest.skip("one method of each way to decide")
     spans = by_token(GATES[method.removesuffix("_kv_head")].reveal, False)
     with engine(gated, enable_prefix_caching=True, **RECORD) as llm:
         ways: list[tuple[dict[str, Any], dict[str, Any]]] = [
