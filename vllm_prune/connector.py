@@ -159,12 +159,9 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
         if self._snapshots is None or request.skip_reading_prefix_cache:
             return 0, False
         found = self._snapshots.find(request, *self._treatment(request))
-        assert self._manager is not None
-        if (
-            found is None
-            or self._manager.blocks_to_start(found, request.num_tokens) > self._manager.block_pool.num_gpu_blocks - 1
-        ):
-            return 0, False  # the pool could never hold both
+        usable = self._manager.block_pool.num_gpu_blocks - 1
+        if found is None or self._manager.blocks_to_start(found, request.num_tokens) > usable:
+            return 0, False  # there is none, or the pool could never hold both
         self._manager.starting[request.request_id] = found
         return found.tokens, False
 
@@ -234,21 +231,23 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
             meta.grants[req_id] = StepGrant(
                 grants.epoch, blocks, tokens, covered, remaining, last, ahead, prompt, strength,
                 self._spared.get(req_id, ()) if begins else (), self._gates[req_id].map,
-                None if start is None else start.name, self._snapshots_of(request, grants, covered),
+                None if start is None else start.name, self._snapshots_of(request, grants, covered - tokens, covered),
             )  # fmt: skip
         if self._snapshots is not None:
             self._snapshots.settle()
             meta.gone = self._snapshots.take_gone()
         return meta
 
-    def _snapshots_of(self, request: Request, grants: GrantLog, covered: int) -> Sequence[SnapshotOrder]:
-        """Those that a request leaves in a step that takes it to ``covered`` tokens."""
+    def _snapshots_of(self, request: Request, grants: GrantLog, before: int, covered: int) -> Sequence[SnapshotOrder]:
+        """Those that a request leaves in a step that takes it from ``before`` tokens to ``covered``."""
         waiting = self._leave.get(request.request_id)
         if not waiting or waiting[0] > covered:
             return ()
         assert self._snapshots is not None
-        now = [at for at in waiting if at <= covered]
-        self._leave[request.request_id] = waiting[len(now) :]
+        self._leave[request.request_id] = [at for at in waiting if at > covered]
+        now = [
+            at for at in waiting if before < at <= covered
+        ]  # what a session has computed already was left then or never
         made = [self._snapshots.make(request, grants, at, *self._treatment(request)) for at in now]
         return [order for order in made if order is not None]
 
