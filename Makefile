@@ -8,8 +8,8 @@ TOOLS := .venv-release
 # Tests and the demo run small engines: one OpenMP thread each is fastest on few cores.
 export OMP_NUM_THREADS ?= 1
 export VLLM_NO_USAGE_STATS = 1
-# Test processes, each on a core and with up to 4 GiB.
-WORKERS ?= 2
+# Test processes, each with up to 4 GiB: one more than the cores of a small machine, since tests of servers wait a good deal.
+WORKERS ?= 3
 
 .PHONY: demo test nightly mutation lint format clean reference bench baselines quality claims gpu-here gpu-flow gpu-test gpu-bench
 .PHONY: lock dist-check release-check licences sbom upgrade-check upgrade-test
