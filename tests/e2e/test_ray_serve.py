@@ -202,10 +202,14 @@ def test_metrics_are_rays(client, model, serving):
     complete(client, model, 60)
     asked = httpx.get(serving.url + "/metrics")
     assert asked.status_code == 404 and "ray_vllm" in asked.json()["error"]["message"]
-    ports = json.loads((serving.temp / "ray" / "prom_metrics_service_discovery.json").read_text())[0]["targets"]
+    targets = serving.temp / "ray" / "prom_metrics_service_discovery.json"
 
     def shown() -> bool:
-        text = "".join(httpx.get(f"http://{port}/metrics", timeout=30).text for port in ports)
+        try:  # Ray's agent writes the file, and listens, when it gets to it
+            ports = json.loads(targets.read_text())[0]["targets"]
+            text = "".join(httpx.get(f"http://{port}/metrics", timeout=30).text for port in ports)
+        except (OSError, ValueError, IndexError, httpx.HTTPError):
+            return False
         return all(name in text for name in ("ray_vllm_prune_keys_dropped_total{", "ray_vllm_kv_cache_usage_perc{"))
 
     serving.wait("the series are there", shown, 60)
