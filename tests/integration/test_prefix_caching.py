@@ -28,8 +28,9 @@ from vllm import SamplingParams
 
 from vllm_prune.gates import GATES, by_token
 
-HELD = ("dcp", "dcp_kv_head", "dms", "window", "random", "ltp", "acc")
-"""Methods with which prefixes are held."""
+FULL = os.environ.get("VLLM_PRUNE_FULL") == "1"
+HELD = ("dcp", "dcp_kv_head", "dms", "acc", *(("window", "random", "ltp") if FULL else ()))
+"""Methods with which prefixes are held; the last three decide at write and at boundaries, like others."""
 TOLD = (
     "tokens",
     "keys_held",
@@ -144,7 +145,7 @@ def test_foreign_state_is_not_read(gated):
     """Same tokens at another strength, with other protected keys or another cache salt: computed, and then held beside it."""
     (prompt,) = prompts([100], seed=9)
     method = gated.name.rstrip("0123456789")
-    if method not in ("dcp", "dms", "acc") and os.environ.get("VLLM_PRUNE_FULL") != "1":
+    if method not in ("dcp", "dms", "acc") and not FULL:
         pytest.skip("one method of each way to decide")
     spans = by_token(GATES[method.removesuffix("_kv_head")].reveal, False)
     with engine(gated, enable_prefix_caching=True, **RECORD) as llm:
