@@ -16,7 +16,6 @@ from vllm_prune_training.masked import load_gated
 
 from vllm_prune.gates import NEVER
 
-
 FULL = os.environ.get("VLLM_PRUNE_FULL") == "1"
 OFTEN = ("nvidia", "fastdms")
 
