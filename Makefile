@@ -45,6 +45,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/prompt_forms.py --json benchmarks/results/prompt-forms.json
 	$(BIN)/python benchmarks/shadow.py --json benchmarks/results/shadow.json
 	$(BIN)/python benchmarks/serve.py --json benchmarks/results/serve.json
+	$(BIN)/python benchmarks/prefix.py --json benchmarks/results/prefix.json
 	$(BIN)/python benchmarks/storm.py --json benchmarks/results/storm.json
 
 # The Python that has vLLM for CUDA and, by `pip install -e '.[dev]'`, this plugin: $(VENV) has vLLM for CPUs.
