@@ -20,6 +20,9 @@ from vllm_prune.cache.snapshots import Snapshot, Snapshots
 from vllm_prune.cache.spec import PruneSpec
 from vllm_prune.metrics import Tally
 
+LONGEST_WAIT = 16
+"""Steps for a report that a request is short of, before somebody is preempted after all: reports are a few steps late at most."""
+
 
 class PruneManager(SingleTypeKVCacheManager):
     """Grants blocks by what a request can need, takes them back by what its worker says it no longer needs.
@@ -41,6 +44,7 @@ class PruneManager(SingleTypeKVCacheManager):
         """What waiting requests will start from, as found when they were last looked at."""
         self._epochs = count(1)
         self._short: str | None = None
+        self._waited = 0
         self.tally = Tally(self.geometry, kv_cache_spec.eviction_units, kv_cache_spec.ranks)
 
     def get_num_blocks_to_allocate(
@@ -79,7 +83,10 @@ class PruneManager(SingleTypeKVCacheManager):
         """Whether the running request that has just been short of blocks may be given fewer, or more be free, once its
         worker's report is here."""
         grants = self.grants.get(self._short or "")
-        return grants is not None and grants.awaits_report
+        if grants is None or not grants.awaits_report:
+            return False
+        self._waited += 1
+        return self._waited <= LONGEST_WAIT
 
     def blocks_to_start(self, snapshot: Snapshot, num_tokens: int, most: int | None = None) -> int:
         """Free blocks that a request of ``num_tokens`` tokens takes to start from a snapshot: its own (``most``, where that many
@@ -125,6 +132,7 @@ class PruneManager(SingleTypeKVCacheManager):
         grants = self.grants.get(request_id)
         if grants is None:
             return 0
+        self._waited = 0
         before = grants.report
         back = grants.accept(report)
         if grants.report is report:
