@@ -233,6 +233,13 @@ def test_not_refused(case, tmp_path):
     assert config.cache_config.block_size % 32 == 0
 
 
+@pytest.mark.parametrize("pressure", [True, {}, {"start": 0.2}, False])
+def test_no_prefixes_under_pressure(pressure, tmp_path):
+    """Whatever switches pressure on switches prefix caching off: what is left then hangs on how full the pool was."""
+    config = configure(QWEN3(tmp_path), additional_config={"vllm_prune": {"pressure": pressure}})
+    assert config.cache_config.enable_prefix_caching == (pressure is False)
+
+
 def of_method(method: str, params: dict[str, Any]) -> Build:
     """A maker of a gated checkpoint of a method."""
 

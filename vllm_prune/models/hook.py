@@ -108,7 +108,7 @@ def no_prefixes(device: str, served: ServedGate, options: dict[str, Any]) -> str
         return "snapshots of lanes are made on CPU workers only"
     if not served.leaves_prefixes:
         return "with these gates what is left of a prompt's beginning hangs on what follows it, or does not lie in its lanes"
-    if options.get("pressure"):
+    if pressure_options(options) is not None:
         return "with the option pressure it hangs on how full the pool was"
     return None
 
