@@ -65,6 +65,10 @@ def serve_arguments(engine: dict[str, Any]) -> Namespace:
         raise
     except RecursionError:
         raise PruneError("vLLM does not take the engine options: one is nested too deep.", way_out) from None
+    except IndexError:  # its reader of dotted names looks behind the last word
+        raise PruneError(
+            "vLLM does not take the engine options: one with a dot in its name has no value.", way_out
+        ) from None
     except (TypeError, ValueError) as error:
         raise PruneError(f"vLLM does not take the engine options: {str(error).rstrip('.')}.", way_out) from None
     return args
