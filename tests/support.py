@@ -238,6 +238,20 @@ def state_of(llm: Any) -> Any:
     return find_state(runner.vllm_config)
 
 
+def count_preemptions(llm: Any) -> Callable[[], int]:
+    """How many times this engine's scheduler has preempted a request since now."""
+    scheduler, so_far = scheduler_of(llm), 0
+    real = scheduler._preempt_request
+
+    def preempt(*args: Any, **kwargs: Any) -> Any:
+        nonlocal so_far
+        so_far += 1
+        return real(*args, **kwargs)
+
+    scheduler._preempt_request = preempt
+    return lambda: so_far
+
+
 def pool_is_whole(llm: Any) -> bool:
     pool = scheduler_of(llm).kv_cache_manager.block_pool
     return pool.get_num_free_blocks() == pool.num_gpu_blocks - 1

@@ -245,9 +245,8 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
             return ()
         assert self._snapshots is not None
         self._leave[request.request_id] = [at for at in waiting if at > covered]
-        now = [
-            at for at in waiting if before < at <= covered
-        ]  # what a session has computed already was left then or never
+        # What a session has computed already was left then or never.
+        now = [at for at in waiting if before < at <= covered]
         made = [self._snapshots.make(request, grants, at, *self._treatment(request)) for at in now]
         return [order for order in made if order is not None]
 
@@ -268,8 +267,7 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
             assert self._manager is not None
             for req_id, told in reports.reports.items():
                 for report in told:
-                    if self._snapshots is not None and req_id.startswith("\0"):
-                        self._snapshots.accept(req_id, report)
+                    if self._snapshots is not None and self._snapshots.accept(req_id, report):
                         continue
                     self._manager.accept(req_id, report)
                     if report.drops is not None and req_id in self._lifetimes:

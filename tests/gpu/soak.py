@@ -88,6 +88,7 @@ def soak(seconds: float, method: str, seed: int, spells: int = 20) -> dict[str, 
     import torch
     from support import (
         VOCAB,
+        count_preemptions,
         engine,
         generate,
         pool_is_whole,
@@ -109,14 +110,7 @@ def soak(seconds: float, method: str, seed: int, spells: int = 20) -> dict[str, 
         eager = not torch.cuda.is_available()
         with engine(model, enforce_eager=eager, max_num_batched_tokens=256, kv_cache_memory_bytes=6 << 20) as llm:
             load = Load(llm.llm_engine, rng, VOCAB)
-            preempted, real = 0, scheduler_of(llm)._preempt_request
-
-            def count(*args: Any, **kwargs: Any) -> Any:
-                nonlocal preempted
-                preempted += 1
-                return real(*args, **kwargs)
-
-            scheduler_of(llm)._preempt_request = count  # of this engine only
+            preempted = count_preemptions(llm)
             held = []
             for spell in range(spells):
                 end = time.monotonic() + seconds / spells
@@ -141,7 +135,7 @@ def soak(seconds: float, method: str, seed: int, spells: int = 20) -> dict[str, 
             blocks = scheduler_of(llm).kv_cache_manager.block_pool.num_gpu_blocks
     return {
         "method": method, "seed": seed, "blocks": blocks, "steps": load.steps, "ended": load.done,
-        "aborted": load.aborted, "preempted": preempted, "tokens": load.tokens, "keys_dropped": load.dropped,
+        "aborted": load.aborted, "preempted": preempted(), "tokens": load.tokens, "keys_dropped": load.dropped,
         "repeated": len(load.sample), "held": held,
     }  # fmt: skip
 

@@ -12,7 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from support import engine, generate, pool_is_whole, prompts, save_gated, scheduler_of, tiny_config, token_ids
+from support import (
+    count_preemptions,
+    engine,
+    generate,
+    pool_is_whole,
+    prompts,
+    save_gated,
+    scheduler_of,
+    tiny_config,
+    token_ids,
+)
 
 ALLOWED = 3
 """Steps that a report may be late, as with asynchronous scheduling or on a GPU."""
@@ -87,14 +97,7 @@ def test_as_late_and_as_disordered_as_allowed(folder):
         usual = generate(llm, BATCH, TOKENS)
         line = Line(llm)
         line.connector._ahead = ALLOWED
-        preempted, real = 0, scheduler_of(llm)._preempt_request
-
-        def count(*args: Any, **kwargs: Any) -> Any:
-            nonlocal preempted
-            preempted += 1
-            return real(*args, **kwargs)
-
-        scheduler_of(llm)._preempt_request = count  # of this engine only
+        preempted = count_preemptions(llm)
         for how in (line.late, line.shuffled):
             line.now, line.astray = how, 0
             found = generate(llm, BATCH, TOKENS)
@@ -104,7 +107,7 @@ def test_as_late_and_as_disordered_as_allowed(folder):
             line.now = line.at_once
             generate(llm, prompts([3]), tokens=2)
             assert pool_is_whole(llm) and not line.waiting
-        assert preempted, "in so small a pool"
+        assert preempted(), "in so small a pool"
 
 
 def test_what_is_lost_ends_the_engine_with_its_reason(folder):

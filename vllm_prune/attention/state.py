@@ -136,6 +136,7 @@ class WorkerState(StepState):
         store = self._store()
         for req_id in (*meta.gone, *meta.ended):
             store.forget(req_id)
+        self._cuts = {}
         for req_id, grant in meta.grants.items():
             store.update(req_id, grant.epoch, grant.new_blocks)
             store.set_facts(req_id, grant.prompt, grant.strength, grant.map)
@@ -143,8 +144,6 @@ class WorkerState(StepState):
                 store.spare(req_id, grant.spared)
             if grant.start is not None:
                 store.copy(grant.start, req_id)
-        self._cuts = {}
-        for req_id, grant in meta.grants.items():
             for order in grant.snapshots:
                 store.update(order.name, order.epoch, order.blocks)
                 self._cuts.setdefault(store.slots[req_id].slot, []).append((order.tokens, order.name, req_id))

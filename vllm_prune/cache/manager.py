@@ -93,7 +93,9 @@ class PruneManager(SingleTypeKVCacheManager):
         are planned at most), and those copied from, which nobody may be given meanwhile."""
         assert self.snapshots is not None
         own = snapshot.begun(0).needed(self.geometry, num_tokens)
-        return min(own, own if most is None else most) + self.snapshots.free_blocks_of(snapshot)
+        if most is not None:
+            own = min(own, most)
+        return own + self.snapshots.free_blocks_of(snapshot)
 
     def allocate_external_computed_blocks(
         self,

@@ -46,7 +46,7 @@ class Prefix:
     spared: tuple[Span, ...]
 
 
-@dataclass
+@dataclass(eq=False)
 class Snapshot:
     """Attributes: name, in the worker's tables; prefix; tokens: P; log: its grants; report: the worker's, once it is made."""
 
@@ -179,17 +179,18 @@ class Snapshots:
         self._held.append(snapshot)
         return SnapshotOrder(snapshot.name, number, tokens, [block.block_id for block in log.take_unsent()])
 
-    def accept(self, name: str, report: LaneReport) -> None:
-        """Take in the worker's report of a snapshot: from here on requests may start from it. Of one that ended: nothing."""
+    def accept(self, name: str, report: LaneReport) -> bool:
+        """Take in the worker's report of a snapshot: from here on requests may start from it. False: none has that name."""
         snapshot = self._by_name.get(name)
         if snapshot is None:
-            return
+            return False
         back = snapshot.log.accept(report)
         for block in back:
             del self._owner[block.block_id]
         self._useless += back
         snapshot.report = report
         self.made += 1
+        return True
 
     # The end of one -------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_prune.json_text import parse_object
+
 Headers = list[tuple[bytes, bytes]]
 LEAVE_SECONDS = 5.0
 """What an application has to end a request whose client has left, before its task is cancelled."""
@@ -32,11 +34,11 @@ class Call:
         """What replicas that hold prefixes are chosen by: fields that decide what is left of a prompt, then messages or prompt.
         Empty for a request without any. The name is what Ray's prefix-aware router looks for."""
         try:
-            data = json.loads(self.body)
-            text = data.get("messages", data.get("prompt"))
-            first = {name: data[name] for name in ("cache_salt", "vllm_xargs", "tools") if name in data}
-        except (ValueError, AttributeError, RecursionError):
+            data = parse_object(self.body)
+        except ValueError:
             return ""
+        text = data.get("messages", data.get("prompt"))
+        first = {name: data[name] for name in ("cache_salt", "vllm_xargs", "tools") if name in data}
         return "" if text is None else json.dumps([first, text] if first else text)
 
     def scope(self) -> dict[str, Any]:

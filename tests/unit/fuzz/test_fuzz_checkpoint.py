@@ -25,12 +25,6 @@ from vllm_prune.errors import PruneError
 from vllm_prune.public_dms import METADATA, public_section, read_gates
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("FUZZ_FOLDER", str(tmp_path))
-    return tmp_path
-
-
 @examples(300)
 @given(sections(), st.none() | st.floats(0, 16), st.none() | st.floats(0, 1))
 @example(sized(params={"rank": 10**5000}), None, None)

@@ -32,13 +32,6 @@ from vllm_prune.errors import PruneError
 from vllm_prune.gates import GATES
 from vllm_prune.public_dms import METADATA, TRAINING_LOG, public_section, read_gates
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("FUZZ_FOLDER", str(tmp_path))
-    return tmp_path
-
-
 DMS: dict[str, Any] = {"dms_window_size": 8, "dms_alpha_scale": 100.0, "dms_initial_alpha_offset": 5.0, "dms_cr": 8}
 
 
