@@ -3,8 +3,9 @@
 Requests of all lengths come at random, streamed and not, with gates at mixed strengths; clients leave before the first token and
 midway; one in a hundred asks for what it cannot have, and must be told so. The pool is too small for them, so that vLLM preempts.
 The load comes in spells. After each one nothing may be held, and every request that finished in it is compared with a run of the
-same request alone, on the same server: tokens, keys dropped, and the query that ended each key's life in each layer. Where
-rounding may have decided (``rounding.py``) is counted apart. Ends with an error where anything is wrong.
+same request alone, on the same server: tokens, keys dropped, and the query that ended each key's life in each layer. Prefix
+caching is on, every other prompt begins as others do, and the run alone computes all of its prompt. Where rounding may have
+decided (``rounding.py``) is counted apart. Ends with an error where anything is wrong.
 
     python benchmarks/soak.py [--minutes 3] [--method dcp] [--seed 0] [--json PATH]
 """
@@ -34,6 +35,7 @@ environment(1)
 import flow  # noqa: E402
 import psutil  # noqa: E402
 import torch  # noqa: E402
+from mixed_load import draw_tokens  # noqa: E402
 from rounding import NEAR, TIE, Judge, Run, first_token  # noqa: E402
 from serving import Server, serving  # noqa: E402
 from soak_client import Answer, Asked, Clients  # noqa: E402
@@ -50,6 +52,8 @@ RATE = 12.0
 """Requests a second, on average, while fewer than ``soak_client.RUNNING`` are under way."""
 SPELL_SECONDS, DISTINCT = 60.0, 40
 """Of load in a spell, and requests of its catalogue: each is run alone once, and under load several times."""
+HITS = "vllm:prefix_cache_hits_total"
+"""Prompt tokens that requests did not compute."""
 FAULT = re.compile(r"\b(ERROR|CRITICAL) \d\d-\d\d |Traceback \(most recent call last\)")
 
 
@@ -111,7 +115,7 @@ class Comparison:
         self.lost: list[str] = []
 
     def _run(self, asked: Asked, answer: Answer) -> Run:
-        mapped = None if answer.told is None else unpack(answer.told["map"])
+        mapped = unpack(answer.told["map"]) if answer.told is not None and "map" in answer.told else None
         return Run([*asked.prompt, *answer.tokens], len(asked.prompt), asked.strength(self.strength), mapped)
 
     def compare(self, asked: Asked, alone: Answer, loaded: Answer) -> None:
@@ -121,10 +125,14 @@ class Comparison:
         if alone.told is not None and loaded.told is not None:
             # A preempted request's last report may be of one token less.
             tokens = min(alone.told["tokens"], loaded.told["tokens"])
-            self.counts["compared key by key"] += 1
-            self.counts["keys compared"] += int(a.expiry[..., :tokens].size)  # type: ignore[index]
+            told = ["keys_dropped", "keys_held"]
+            if b.expiry is not None:
+                told.append("map")
+                self.counts["compared key by key"] += 1
+                self.counts["keys compared"] += int(a.expiry[..., :tokens].size)  # type: ignore[index]
             if alone.told["tokens"] == loaded.told["tokens"]:
-                same = same and all(alone.told[key] == loaded.told[key] for key in ("keys_dropped", "keys_held", "map"))
+                same = same and all(alone.told[key] == loaded.told[key] for key in told)
+                self.counts["compared by numbers of keys"] += 1
             else:
                 self.counts["told of other numbers of tokens"] += 1
         if same:
@@ -159,7 +167,13 @@ async def soak(server: Server, seconds: float, seed: int, judge: Judge) -> dict[
     began, spells, loaded = time.monotonic(), 0, 0.0
     spell_seconds = min(SPELL_SECONDS, seconds / 3)
     while (left := seconds - (time.monotonic() - began)) > 0.2 * spell_seconds:
-        catalogue = [Asked.draw(rng, LONGEST, VOCAB, gated) for _ in range(DISTINCT)]
+        first = draw_tokens(rng, LONGEST // 2, VOCAB)
+        beginnings = [
+            first,
+            first[: LONGEST // 6] + draw_tokens(rng, LONGEST // 3, VOCAB),
+            draw_tokens(rng, 128, VOCAB),
+        ]
+        catalogue = [Asked.draw(rng, LONGEST, VOCAB, gated, beginnings) for _ in range(DISTINCT)]
         catalogue[0] = Asked([5], catalogue[0].most, {})
         start = time.monotonic()
         await clients.load(catalogue, min(0.75 * spell_seconds, left), RATE)
@@ -180,6 +194,7 @@ async def soak(server: Server, seconds: float, seed: int, judge: Judge) -> dict[
         "spells": spells, "load_seconds": round(loaded, 1), "requests": dict(clients.counts), "wrong": clients.wrong,
         "comparison": dict(comparison.counts), "lost": comparison.lost, "memory": memory.told(),
         "preemptions": server.metric("vllm:num_preemptions_total"), "pool_found_whole": 2 * spells,
+        "cached_tokens": server.metric(HITS),
         "keys_dropped": server.metric("vllm_prune:keys_dropped_total") if gated else 0,
     }  # fmt: skip
 
@@ -194,7 +209,7 @@ def main() -> None:
     begin = time.perf_counter()
     options = ["--served-model-name", "soak", "--dtype", "float32", "--max-model-len", str(LONGEST), "--max-num-seqs", "16",
                "--kv-cache-memory-bytes", POOL, "--max-num-batched-tokens", "256", "--block-size", "32",
-               "--no-enable-prefix-caching"]  # fmt: skip
+               "--enable-prefix-caching"]  # fmt: skip
     if args.method != "stock":
         options += ["--additional-config", '{"vllm_prune": {"maps": true}}']
     with tempfile.TemporaryDirectory() as made:
@@ -215,8 +230,9 @@ def main() -> None:
     print(text)
     if args.json:
         args.json.write_text(text + "\n", encoding="utf-8")
-    if found["wrong"] or found["lost"] or faults or not found["preemptions"]:
-        sys.exit("soak: something was lost, wrong or never tried: see wrong, lost, faults_in_the_log, preemptions")
+    if found["wrong"] or found["lost"] or faults or not found["preemptions"] or not found["cached_tokens"]:
+        seen = "wrong, lost, faults_in_the_log, preemptions, cached_tokens"
+        sys.exit(f"soak: something was lost, wrong or never tried: see {seen}")
 
 
 if __name__ == "__main__":

@@ -33,10 +33,12 @@ class Asked:
     greedy: bool = True
 
     @classmethod
-    def draw(cls, rng: random.Random, longest: int, vocab: int, gated: bool) -> Asked:
+    def draw(cls, rng: random.Random, longest: int, vocab: int, gated: bool, beginnings: list[list[int]]) -> Asked:
+        """``beginnings``: of prompts; every other one has one of them, as far as it goes."""
         length, most = draw_lengths(rng, longest)
         wish = rng.choice(STRENGTHS) if gated else {}
-        return cls(draw_tokens(rng, length, vocab), most, wish, rng.random() >= SAMPLED)
+        begin = rng.choice(beginnings)[:length] if rng.random() < 0.5 else []
+        return cls(begin + draw_tokens(rng, length - len(begin), vocab), most, wish, rng.random() >= SAMPLED)
 
     def strength(self, usual: float) -> float:
         return 0.0 if "prune.off" in self.wish else float(self.wish.get("prune.strength", usual))
@@ -49,7 +51,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answer:
-    """``told``: what a whole answer says of its keys; a stream says nothing of them."""
+    """``told``: what a whole answer says of its keys, with its map if that was asked for; a stream says nothing of them."""
 
     tokens: list[int]
     told: dict[str, Any] | None
@@ -128,7 +130,8 @@ class Clients:
                 await self._stream(asked, leave_after=self.rng.randrange(1, max(asked.most, 2)))
                 self.counts["left midway"] += 1
             else:
-                answer = await (self._stream(asked) if stream else self.whole(asked))
+                mapped = self.rng.random() < 0.5
+                answer = await (self._stream(asked) if stream else self.whole(asked, mapped))
                 self._note(number, asked, answer)
         except TimeoutError:
             self.counts["left before the first token or soon after"] += 1
@@ -143,10 +146,11 @@ class Clients:
         if asked.greedy:
             self.finished.append((number, answer))
 
-    async def whole(self, asked: Asked) -> Answer:
-        """An answer in one piece, with its map where the server has gates."""
-        mapped = {"vllm_xargs": {**asked.wish, "prune.map": True}} if self.gated else {}
-        found = await self.http.post("/v1/completions", json=asked.body(**mapped))
+    async def whole(self, asked: Asked, mapped: bool = True) -> Answer:
+        """An answer in one piece. ``mapped``: with its map where the server has gates; such a request never starts from a
+        prefix that is held."""
+        more = {"vllm_xargs": {**asked.wish, "prune.map": True}} if self.gated and mapped else {}
+        found = await self.http.post("/v1/completions", json=asked.body(**more))
         if found.status_code != 200:
             raise RuntimeError(f"HTTP {found.status_code}: {found.text[:500]}")
         data = found.json()

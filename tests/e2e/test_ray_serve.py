@@ -59,9 +59,12 @@ class Serving:
                 found.append(process)
         return found
 
+    def answers(self) -> list[int]:
+        """Process ids of the engine replicas that have answered, request by request."""
+        return [int(pid) for pid in re.findall(r"gated:Engine pid=(\d+).* CALL answer OK", self.log.read_text())]
+
     def answered(self) -> set[int]:
-        """Process ids of engine replicas that have answered a request."""
-        return {int(pid) for pid in re.findall(r"gated:Engine pid=(\d+).* CALL answer OK", self.log.read_text())}
+        return set(self.answers())
 
     def wait(self, what: str, holds: Callable[[], bool], seconds: float = READY_SECONDS) -> None:
         end = time.monotonic() + seconds
@@ -82,9 +85,10 @@ def example(port: int) -> dict[str, Any]:
     file: dict[str, Any] = yaml.safe_load(EXAMPLE.read_text())
     file["http_options"]["port"] = port
     args = file["applications"][0]["args"]
-    args["engine"] |= {"kv_cache_memory_bytes": "16M", "max_model_len": 2048, "enable_server_load_tracking": True}
+    args["engine"] |= {"kv_cache_memory_bytes": "16M", "max_model_len": 2048, "enable_server_load_tracking": True,
+                       "enable_prompt_tokens_details": True}  # fmt: skip
     args |= {
-        "min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 1000, "target_free_kv": 0.6,
+        "prefix_routing": 4, "min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 1000, "target_free_kv": 0.6,
         "look_back_period_s": 11, "upscale_delay_s": 1, "downscale_delay_s": 3600, "health_period_s": 2, "drain_s": 30,
     }  # fmt: skip
     return file
@@ -239,6 +243,25 @@ def both(serving, client, model) -> list[psutil.Process]:
 
 def test_little_free_kv_adds_a_replica(both):
     assert len(both) == 2
+
+
+def test_the_same_beginning_goes_to_the_same_replica(both, serving, client, model):
+    """Which then starts from what it holds of it: as many tokens cached as the first block border below the prompt's end says."""
+    begun = len(serving.answers())
+    prompts = [f"{number} {word} " * 40 for number, word in enumerate(("alpha", "beta", "gamma", "delta"))]
+    cached: dict[str, list[int]] = {prompt: [] for prompt in prompts}
+    for _ in range(3):
+        for prompt in prompts:
+            usage = complete(client, model, 2, prompt).usage
+            cached[prompt].append(usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0)
+            assert usage.prompt_tokens > 64
+    serving.wait("the log says who answered", lambda: len(serving.answers()) >= begun + 12, 10)
+    took = serving.answers()[begun:]
+    assert len(took) == 12
+    for number, prompt in enumerate(prompts):
+        assert len(set(took[number::4])) == 1, took
+        first, *later = cached[prompt]
+        assert first < 64 <= later[0] == later[1], cached
 
 
 @pytest.mark.parametrize("victim", [REPLICA, ENGINE], ids=["the replica's process", "its engine's process"])

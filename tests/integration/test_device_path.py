@@ -10,5 +10,6 @@ from support import own_process
 pytest.importorskip("triton")
 
 
+@pytest.mark.timeout(1300)
 def test_laws_on_the_device_path():
     own_process(Path(__file__).with_name("device_laws.py"), timeout=1200)

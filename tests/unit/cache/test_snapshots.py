@@ -1,0 +1,242 @@
+"""Which prefixes are held, in whose blocks, and when they end: against a model, on vLLM's own pool, step by step."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, OrderedDict
+from types import SimpleNamespace
+from typing import Any
+
+from test_grants import report
+from vllm.v1.core.block_pool import BlockPool
+
+from vllm_prune.cache.geometry import LaneGeometry
+from vllm_prune.cache.grants import GrantLog
+from vllm_prune.cache.snapshots import SEEN, Prefix, Snapshots
+
+N = 8
+GEOMETRY = LaneGeometry(num_layers=2, num_kv_heads=1, head_size=16, block_tokens=N)
+
+
+def asked(letters: str, tokens: int | None = None) -> SimpleNamespace:
+    """A request of whole blocks and ``tokens`` in all; by default three more than these hold."""
+    hashes = [letters[: n + 1].encode() for n in range(len(letters))]
+    return SimpleNamespace(num_tokens=len(letters) * N + 3 if tokens is None else tokens, block_hashes=hashes)
+
+
+def holder(blocks: int = 20, **options: int) -> Snapshots:
+    return Snapshots(BlockPool(blocks, enable_caching=False, hash_block_size=N), GEOMETRY, **options)
+
+
+def held(snapshots: Snapshots, letters: str, keep: int = 1) -> str:
+    """One that was made, told of and reported with ``keep`` blocks; its name."""
+    order = snapshots.make(asked(letters), GrantLog(1), len(letters) * N, 1.0, ())
+    assert order is not None
+    snapshots.settle()
+    assert snapshots.accept(
+        order.name, report(epoch=order.epoch, covered=order.tokens, keep=keep, seen=len(order.blocks))
+    )
+    return order.name
+
+
+class Steps:
+    """Snapshots are ordered, told of, reported, started from and lost; others take blocks and give them back."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.total, self.most = rng.randint(8, 30), rng.randint(2, 6)
+        self.snapshots = holder(self.total + 1, most=self.most)
+        self.pool = self.snapshots.pool
+        self.alive: OrderedDict[Prefix, list[Any]] = (
+            OrderedDict()
+        )  # [name, tokens, blocks, epoch, reported]; oldest first
+        self.pinned: set[str] = set()
+        self.others: list[Any] = []
+        self.gone: set[str] = set()
+        self.lost = self.spared = self.made = self.used = 0
+        self.loose = False  # whether blocks came free that have still to go to the front of the queue
+
+    def letters(self) -> str:
+        begun = self.rng.choice(["", *(one.block_hash.decode() for one in self.alive)])
+        return (begun + "".join(self.rng.choices("ab", k=self.rng.randint(1, 3))))[:5]
+
+    def ends(self, prefix: Prefix) -> None:
+        self.gone.add(self.alive.pop(prefix)[0])
+        self.lost += 1
+        self.loose = True
+
+    def taken(self, blocks: list[int]) -> None:
+        """The pool has handed out blocks: who was held in them is gone."""
+        for prefix in [one for one, own in self.alive.items() if set(own[2]) & set(blocks)]:
+            assert self.alive[prefix][0] not in self.pinned, "it was promised until the step is told"
+            self.ends(prefix)
+
+    def make(self) -> None:
+        letters, strength = self.letters(), self.rng.choice([0.5, 1.0, 1.0])
+        spared = self.rng.choice([(), (), ((2, 5),), ((2, 99),), ((0, 3), (8 * 5, 99))])
+        tokens = len(letters) * N
+        below = tuple((begin, min(end, tokens)) for begin, end in spared if begin < tokens)
+        prefix, free = Prefix(letters.encode(), strength, below), self.pool.get_num_free_blocks()
+        full = len(self.alive) >= self.most
+        oldest = next((one for one, own in self.alive.items() if own[0] not in self.pinned), None)
+        order = self.snapshots.make(asked(letters), GrantLog(1), tokens, strength, spared)
+        if prefix in self.alive or len(letters) > free or (full and oldest is None):
+            assert order is None
+            return
+        assert order is not None and order.tokens == tokens and len(order.blocks) == len(letters)
+        if full:
+            assert oldest is not None
+            self.ends(oldest)
+        self.taken(order.blocks)
+        self.alive[prefix] = [order.name, tokens, list(order.blocks), order.epoch, False]
+        self.pinned.add(order.name)
+
+    def step(self) -> None:
+        """A step is told to the worker, and reports come: of what was told before, and of what it was told now or later."""
+        self.snapshots.settle()
+        gone = self.snapshots.take_gone()
+        assert set(gone) == self.gone and len(gone) == len(self.gone)
+        late, told = self.rng.random() < 0.3, self.pinned
+        self.gone, self.pinned, self.loose = set(), set(), False
+        for own in self.alive.values():
+            name, tokens, blocks, epoch, reported = own
+            if reported or (late and name in told):
+                continue
+            left, free = self.rng.randint(1, len(blocks)), self.pool.get_num_free_blocks()
+            assert self.snapshots.accept(name, report(epoch=epoch, covered=tokens, keep=left, seen=len(blocks)))
+            assert self.pool.get_num_free_blocks() == free, "they were free before"
+            own[2:] = [blocks[:left], epoch, True]
+            self.loose = self.loose or left < len(blocks)
+            self.made += 1
+
+    def start(self) -> None:
+        letters, strength = self.letters(), self.rng.choice([0.5, 1.0, 1.0])
+        request = asked(letters, self.rng.randint(1, len(letters) * N + 3))
+        found = self.snapshots.find(request, strength, ())
+        fitting = [
+            (own[1], own[0])
+            for prefix, own in self.alive.items()
+            if own[4] and own[1] < request.num_tokens and letters.encode().startswith(prefix.block_hash)
+            and (prefix.strength, prefix.spared) == (strength, ())
+        ]  # fmt: skip
+        assert (found and (found.tokens, found.name)) == max(fitting, default=None)
+        if found is None:
+            return
+        blocks, free = {block.block_id for block in found.blocks}, self.pool.get_num_free_blocks()
+        assert blocks == set(self.alive[found.prefix][2])
+        takes = 0 if found.name in self.pinned else len(blocks)
+        assert self.snapshots.free_blocks_of(found) == takes
+        self.snapshots.hold(found)
+        assert self.pool.get_num_free_blocks() == free - takes
+        begun = found.begun(7000)
+        assert begun.report is not None and found.report is not None
+        assert begun.epoch == begun.report.epoch == 7000 != found.report.epoch and not begun.log
+        assert begun.report.seen == 0 and begun.report.drops is None and begun.report.covered == found.tokens
+        self.pinned.add(found.name)
+        self.alive.move_to_end(found.prefix)
+        self.used += 1
+
+    def others_take(self) -> None:
+        free = self.pool.get_num_free_blocks()
+        count = min(self.rng.randint(1, 6), free)
+        owned = sum(len(own[2]) for own in self.alive.values() if own[0] not in self.pinned)
+        before, order = len(self.alive), list(self.alive)
+        new = self.pool.get_new_blocks(count)
+        self.others.append(new)
+        self.taken([block.block_id for block in new])
+        if not self.pinned and not self.loose and count <= free - owned:
+            self.spared += before
+            assert list(self.alive) == order, "nobody is thrown out while there are blocks that nobody wants"
+
+    def others_give_back(self) -> None:
+        if self.others:
+            self.pool.free_blocks(self.others.pop(self.rng.randrange(len(self.others))))
+
+    def reset(self) -> None:
+        done = self.pool.reset_prefix_cache()
+        assert done == (not any(self.others) and not self.pinned)
+        for prefix in list(self.alive) if done else ():
+            self.ends(prefix)
+
+    def check(self) -> None:
+        owned = [block for own in self.alive.values() for block in own[2]]
+        assert len(owned) == len(set(owned)) == self.snapshots.blocks and len(self.snapshots) == len(self.alive)
+        counts = (self.snapshots.lost, self.snapshots.made, self.snapshots.used)
+        assert counts == (self.lost, self.made, self.used)
+        assert not set(owned) & {block.block_id for some in self.others for block in some}
+        busy = sum(len(own[2]) for own in self.alive.values() if own[0] in self.pinned) + sum(map(len, self.others))
+        assert self.pool.get_num_free_blocks() == self.total - busy
+
+
+def test_steps():
+    seen = Counter[str]()
+    for seed in range(60):
+        steps = Steps(random.Random(seed))
+        does = [steps.make, steps.step, steps.step, steps.start, steps.others_take, steps.others_give_back]
+        for number in range(120):
+            (steps.reset if number % 40 == 39 else steps.rng.choice(does))()
+            steps.check()
+        seen.update(lost=steps.lost, spared=steps.spared, used=steps.used, made=steps.made)
+    assert min(seen.values()) > 50, seen
+
+
+def test_where_prompts_part():
+    snapshots = holder()
+    assert snapshots.positions(asked("abba"), 4 * N + 3) == [4 * N], "nobody was here before"
+    assert snapshots.positions(asked("abba"), 4 * N + 3) == [4 * N]
+    assert snapshots.positions(asked("abab"), 4 * N + 3) == [2 * N, 4 * N]
+    assert snapshots.positions(asked("abbb"), 4 * N) == [3 * N], "its last token is computed in any case"
+    assert snapshots.positions(asked("abaa"), 4 * N + 1) == [3 * N, 4 * N]
+    assert snapshots.positions(asked("b", N), N) == [] and snapshots.positions(asked("", 3), 3) == []
+    assert snapshots.positions(asked("ba"), 9 * N) == [2 * N], "no more than is hashed"
+
+
+def test_only_the_latest_prompts_are_remembered(monkeypatch):
+    monkeypatch.setattr("vllm_prune.cache.snapshots.SEEN", 4)
+    snapshots = holder()
+    assert SEEN > 1000
+    for letters in ("aa", "bb", "aa", "ccc"):
+        snapshots.positions(asked(letters), len(letters) * N + 1)
+    assert list(snapshots._seen) == [b"aa", b"c", b"cc", b"ccc"]
+
+
+def test_the_least_recently_used_goes_first():
+    snapshots = holder(blocks=10)
+    names = {letters: held(snapshots, letters * 3) for letters in "abc"}
+    snapshots.settle()
+    assert snapshots.blocks == 3 and snapshots.pool.get_num_free_blocks() == 9 and snapshots.made == 3
+    snapshots.hold(snapshots.find(asked("aaa"), 1.0, ()))
+    snapshots.settle()
+    snapshots.pool.get_new_blocks(7)  # six that nobody wants, and one
+    assert snapshots.take_gone() == [names["b"]] and snapshots.lost == 1 and snapshots.used == 1
+    snapshots.pool.get_new_blocks(1)
+    assert snapshots.take_gone() == [names["c"]] and snapshots.find(asked("aaa"), 1.0, ()).name == names["a"]
+
+
+def test_blocks_of_one_that_ended_are_nobodys():
+    """One of its blocks is handed out: the others go before those of any other snapshot."""
+    snapshots = holder(blocks=7)
+    held(snapshots, "aaa", keep=3)
+    second = held(snapshots, "bbb", keep=3)
+    snapshots.settle()
+    snapshots.pool.get_new_blocks(1)
+    assert len(snapshots) == 1 and snapshots.blocks == 3
+    snapshots.settle()
+    snapshots.pool.get_new_blocks(2)
+    assert snapshots.find(asked("bbb"), 1.0, ()).name == second
+
+
+def test_one_that_is_reported_after_its_end_is_unknown():
+    snapshots = holder(blocks=4)
+    order = snapshots.make(asked("aaa"), GrantLog(1), 3 * N, 1.0, ())
+    snapshots.settle()
+    snapshots.pool.get_new_blocks(2)
+    assert not snapshots.accept(order.name, report(epoch=order.epoch, covered=3 * N, keep=1, seen=3))
+    assert snapshots.made == 0 and not len(snapshots) and snapshots.find(asked("aaa"), 1.0, ()) is None
+
+
+def test_room_is_what_the_request_may_still_need():
+    snapshots = holder(blocks=4)
+    grants = GrantLog(1, report=report(epoch=1, covered=6 * N, pages=(3, 5, 7)))
+    assert snapshots.make(asked("ababab"), GrantLog(1), 6 * N, 1.0, ()) is None
+    assert len(snapshots.make(asked("ababab"), grants, 6 * N, 1.0, ()).blocks) == 2
