@@ -25,9 +25,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks"), str(ROOT)]
-GRANTS, LEMMAS, MANAGER, ADMISSION, LANES, RECEIVED = (
+GRANTS, LEMMAS, MANAGER, ADMISSION, LANES, RECEIVED, SNAPSHOTS = (
     f"tests/unit/cache/test_{name}.py"
-    for name in ("grants", "lemmas", "manager", "admission", "lanes", "received_lanes")
+    for name in ("grants", "lemmas", "manager", "admission", "lanes", "received_lanes", "snapshots")
 )
 LAW3 = "tests/integration/test_law3_state_machine.py::test_pool_and_lanes"
 TESTS: dict[str, list[str]] = {
@@ -35,6 +35,7 @@ TESTS: dict[str, list[str]] = {
     "lanes": [LANES, RECEIVED, f"{LAW3}[dms]"],
     "grants": [GRANTS, LEMMAS, MANAGER, ADMISSION],
     "promise": [LEMMAS],
+    "snapshots": [SNAPSHOTS, f"{LAW3}[dcp]"],
     "ranks": ["tests/unit/cache/test_ranks.py", LANES],
     "views": [LANES],
     "spec": [MANAGER, f"{LAW3}[dcp_kv_head]"],

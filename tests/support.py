@@ -163,7 +163,7 @@ def preempted(
 
 @contextmanager
 def collected_once() -> Iterator[None]:
-    """vLLM collects garbage nine times for an engine. Each time costs 0.4 s here, where everything is imported: once is enough."""
+    """vLLM collects garbage nine times for an engine, each time 0.4 s here, where everything is imported. Once is enough."""
     collect, gc.collect = gc.collect, lambda generation=2: 0
     try:
         yield

@@ -20,7 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from vllm_prune.attention.serving import ServedGate
 from vllm_prune.cache.grants import GrantLog, LaneReport
-from vllm_prune.cache.snapshots import SnapshotOrder, Snapshots
+from vllm_prune.cache.snapshots import MOST, MOST_ON_GPU, SnapshotOrder, Snapshots
 from vllm_prune.chat import Markers, Span
 from vllm_prune.config import served_section, server_options
 from vllm_prune.gates import Reveal
@@ -129,7 +129,8 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
         self._snapshots: Snapshots | None = None
         self._leave: dict[str, list[int]] = {}
         self._chunk = vllm_config.scheduler_config.max_num_batched_tokens
-        late = LATE if vllm_config.device_config.device_type == "cuda" else 0
+        self._on_gpu = vllm_config.device_config.device_type == "cuda"
+        late = LATE if self._on_gpu else 0
         self._ahead = vllm_config.max_concurrent_batches - 1 + late
 
     @property
@@ -150,7 +151,8 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
         (manager,) = kv_cache_manager.coordinator.single_type_managers  # type: ignore[assignment]
         self._manager, self._cache = manager, kv_cache_manager
         if self._prefixes:
-            self._snapshots = manager.snapshots = Snapshots(kv_cache_manager.block_pool, manager.geometry)
+            pool, most = kv_cache_manager.block_pool, MOST_ON_GPU if self._on_gpu else MOST
+            self._snapshots = manager.snapshots = Snapshots(pool, manager.geometry, most)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens of a waiting request whose lanes are held, by a snapshot of ours."""

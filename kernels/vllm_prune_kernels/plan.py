@@ -22,8 +22,13 @@ def _needs(
     rows, held, length, n_live, live_block, n_free, lane_start, live_start, error, lanes, G,
     PER_LAYER: tl.constexpr, H: tl.constexpr, N: tl.constexpr, NG: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    row = rows + 3 * tl.program_id(0)
-    slot, tokens, more = tl.load(row).to(tl.int64), tl.load(row + 1), tl.load(row + 2)
+    row = rows + 4 * tl.program_id(0)
+    slot, tokens, more, origin = (
+        tl.load(row).to(tl.int64),
+        tl.load(row + 1),
+        tl.load(row + 2),
+        tl.load(row + 3).to(tl.int64),
+    )
     grants = tl.load(n_live + slot) + more
     tl.store(n_live + slot, grants)
     o = tl.arange(0, TILE)
@@ -32,7 +37,7 @@ def _needs(
         lane = at + o
         ok = lane < lanes
         page_tokens = tl.where(lane % PER_LAYER < H, N, NG)
-        after = tl.load(length + slot * lanes + lane, mask=ok, other=0) + tokens
+        after = tl.load(length + origin * lanes + lane, mask=ok, other=0) + tokens
         wants = (after + page_tokens - 1) // page_tokens - tl.load(held + slot * lanes + lane, mask=ok, other=0)
         wants = tl.where(ok, tl.maximum(wants, 0), 0)
         tl.store(lane_start + slot * lanes + lane, total + tl.cumsum(wants, 0) - wants, mask=ok)
@@ -74,12 +79,12 @@ def _assign(
     PER_LAYER: tl.constexpr, H: tl.constexpr, N: tl.constexpr, NG: tl.constexpr, Q: tl.constexpr, TILE: tl.constexpr,
     SEARCH: tl.constexpr,
 ):  # fmt: skip
-    row = rows + 3 * tl.program_id(0)
-    slot, tokens = tl.load(row).to(tl.int64), tl.load(row + 1)
+    row = rows + 4 * tl.program_id(0)
+    slot, tokens, origin = tl.load(row).to(tl.int64), tl.load(row + 1), tl.load(row + 3).to(tl.int64)
     lane = tl.program_id(1) * TILE + tl.arange(0, TILE)
     ok = lane < lanes
     page_tokens = tl.where(lane % PER_LAYER < H, N, NG)
-    after = tl.load(length + slot * lanes + lane, mask=ok, other=0) + tokens
+    after = tl.load(length + origin * lanes + lane, mask=ok, other=0) + tokens
     has = tl.load(held + slot * lanes + lane, mask=ok, other=0)
     wants = tl.where(ok, tl.maximum((after + page_tokens - 1) // page_tokens - has, 0), 0)
     start = tl.load(lane_start + slot * lanes + lane, mask=ok, other=0)
@@ -107,12 +112,12 @@ def _hold(
     NG: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    row = rows + 3 * tl.program_id(0)
-    slot, tokens = tl.load(row).to(tl.int64), tl.load(row + 1)
+    row = rows + 4 * tl.program_id(0)
+    slot, tokens, origin = tl.load(row).to(tl.int64), tl.load(row + 1), tl.load(row + 3).to(tl.int64)
     lane = tl.program_id(1) * TILE + tl.arange(0, TILE)
     ok = lane < lanes
     page_tokens = tl.where(lane % PER_LAYER < H, N, NG)
-    after = tl.load(length + slot * lanes + lane, mask=ok, other=0) + tokens
+    after = tl.load(length + origin * lanes + lane, mask=ok, other=0) + tokens
     has = tl.load(held + slot * lanes + lane, mask=ok, other=0)
     tl.store(held + slot * lanes + lane, tl.maximum(has, (after + page_tokens - 1) // page_tokens), mask=ok)
 
@@ -121,7 +126,8 @@ def plan(lanes: Lanes, rows: torch.Tensor, most_tokens: int) -> None:
     """Give every lane of the step's requests pages for the step's tokens.
 
     Args:
-        rows: int32 [n, 3], slot, tokens of the step, blocks granted since the last step (``grant``).
+        rows: int32 [n, 4], slot, tokens of the step, blocks granted since the last step (``grant``), and the slot whose lanes
+            these tokens come after: its own, or that from which its lanes will be copied.
         most_tokens: the largest of these tokens.
     """
     if len(rows) == 0:
@@ -160,11 +166,11 @@ def take_page(lanes: Lanes, slot: int, grants: int) -> int:
 
 def plan_naive(lanes: Lanes, rows: torch.Tensor) -> None:
     """``plan``, page by page."""
-    for slot, tokens, more in rows.tolist():
+    for slot, tokens, more, origin in rows.tolist():
         lanes.n_live[slot] += more
         grants = int(lanes.n_live[slot])
         for lane in range(lanes.sizes.lanes):
-            after = int(lanes.length[slot, lane]) + tokens
+            after = int(lanes.length[origin, lane]) + tokens
             for index in range(int(lanes.held[slot, lane]), -(-after // page_tokens_of(lanes, lane))):
                 page = take_page(lanes, slot, grants)
                 if page < 0:

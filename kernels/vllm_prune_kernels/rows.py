@@ -1,7 +1,7 @@
 """Rows of a step: which request slot each row of vLLM's batch belongs to, found on the device.
 
 The first block of a row's block table names its request (``Lanes.slot_of_block``). Done once a step by the first layer, so that
-a captured graph reads what the step's grants wrote. ``rows_naive`` is the twin. Letters as in ``lanes``; R rows.
+a captured graph reads what the step's grants wrote. ``rows_naive`` is the twin. Letters as in ``lanes``; R rows, C cuts a row.
 """
 
 from __future__ import annotations
@@ -71,3 +71,29 @@ def rows_naive(lanes: Lanes, rows: Rows, block_table: torch.Tensor, seq_lens: to
     slot = lanes.slot_of_block[block_table[:, 0].long()]
     rows.slot.copy_(torch.where(tokens > 0, slot, -1))
     rows.start.copy_(seq_lens - tokens)
+
+
+def parts_of(rows: Rows, cuts: torch.Tensor) -> list[Rows]:
+    """Rows cut at positions: the first parts of all rows, then their second parts, and so on; nothing is read back.
+
+    Each has all parts as rows, in the order of their tokens, and slot -1 for those that are not its own.
+
+    Args:
+        cuts: int32 [S, C], ascending, by slot: where its row is cut, NEVER where it is not.
+    """
+    units, most = rows.settled.shape[1], cuts.shape[1] + 1
+    tokens = rows.first.diff()
+    at = cuts[rows.slot.clamp_min(0).long()] - rows.start[:, None]
+    edges = torch.cat(
+        [torch.zeros_like(tokens)[:, None], at.clamp_min(0).minimum(tokens[:, None]), tokens[:, None]], dim=1
+    )
+    first = torch.cat([(rows.first[:-1, None] + edges[:, :-1]).reshape(-1), rows.first[-1:]])
+    start = (rows.start[:, None] + edges[:, :-1]).reshape(-1)
+    there = edges.diff(dim=1) > 0
+    found = []
+    for part in range(most):
+        mine = torch.full_like(edges[:, :-1], -1)
+        mine[:, part] = torch.where(there[:, part], rows.slot, -1)
+        settled = torch.zeros(len(start), units, 2, dtype=torch.int32, device=start.device)
+        found.append(Rows(mine.reshape(-1), first, start, settled))
+    return found

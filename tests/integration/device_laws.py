@@ -11,6 +11,7 @@ import pytest
 import torch
 from support import engine, generate, pool_is_whole, preempted, prompts, save_gated, state_of, tiny_config, token_ids
 from test_law2_drop_sets import METHODS, RECORD, check
+from test_prefix_caching import all_ended, ask, same
 from test_pressure import check_pressure, options
 from test_protect_served import POSITIONS, SPARED, check_spared
 from test_request_strength import asking, check_strengths, greedy
@@ -77,6 +78,29 @@ def test_pressure(tmp_path, name):
     room = {**SMALL, "kv_cache_memory_bytes": 2 << 20, **options(start=0.14, full=0.26, slack=0.01)}
     with engine(model, long_prefill_token_threshold=24, **room) as llm:
         check_pressure(llm, model, [50, 60])
+
+
+@pytest.mark.parametrize("name", ON_GPU if torch.cuda.is_available() else SHORT[:1])
+def test_prefixes(tmp_path, name):
+    """Prompts that begin alike, from snapshots and computed anew: the same tokens, logits and drops."""
+    method = name.removesuffix("_kv_head")
+    model = save_gated(tmp_path, tiny_config("qwen3", layers=2), method, **METHODS[name])
+    root = prompts([70], seed=3)[0]["prompt_token_ids"]
+    one, other = (root + prompts([more], seed=more)[0]["prompt_token_ids"] for more in (30, 47))
+    batch = [{"prompt_token_ids": ids} for ids in (root, one, other)]
+    with engine(model, enable_prefix_caching=True, **RECORD, **SMALL) as llm:
+        assert isinstance(state_of(llm), DeviceState)
+        first = [ask(llm, [prompt], tokens=4)[0] for prompt in batch]
+        assert [output.num_cached_tokens for output in first] == [0, 64, 64]
+        again = ask(llm, batch, tokens=4)
+        assert [output.num_cached_tokens for output in again] == [64, 96, 96]
+        cold = ask(llm, batch, cold=True, tokens=4)
+        assert all(output.num_cached_tokens == 0 for output in cold)
+        same(llm, first, cold)
+        same(llm, again, cold)
+        dropped = [output.kv_transfer_params["vllm_prune"]["keys_dropped"] for output in cold]
+        assert min(dropped) > 0, "the test must see drops"
+        all_ended(llm)
 
 
 @pytest.mark.parametrize(("family", "group"), [("qwen3", 3), ("llama", 2)])

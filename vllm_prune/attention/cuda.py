@@ -10,11 +10,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm_prune_kernels.copy import copy_lanes
 from vllm_prune_kernels.crossing import crossing
-from vllm_prune_kernels.decode import decode
+from vllm_prune_kernels.decode import decode, splits_for
 from vllm_prune_kernels.marks import at_write, delayed
 from vllm_prune_kernels.prefill import prefill
-from vllm_prune_kernels.rows import find_rows
+from vllm_prune_kernels.rows import Rows, find_rows, parts_of
 from vllm_prune_kernels.settle import settle
 from vllm_prune_kernels.single import DELAYED, OPEN, QUERY, WRITE, Decision, single
 
@@ -23,9 +24,17 @@ from vllm_prune.attention.serving import DelayRule, QueryRule, WriteRule
 
 if TYPE_CHECKING:
     from vllm_prune.attention.device_state import DeviceAttentionMetadata, DeviceState
+    from vllm_prune.cache.device_store import Cuts
 
 PROGRAMS = 264
 """Programs that fill a large GPU twice: how far work on few rows is split."""
+
+
+def parts_of_step(rows: Rows, cuts: Cuts | None) -> list[tuple[Rows, torch.Tensor | None]]:
+    """See ``DeviceAttentionMetadata.parts``."""
+    if cuts is None:
+        return [(rows, None)]
+    return list(zip(parts_of(rows, cuts.at), [*cuts.copies, None], strict=True))
 
 
 class PruneCUDAImpl(GatedImpl):
@@ -84,44 +93,46 @@ class PruneCUDAImpl(GatedImpl):
         lanes, kv, rows, most = state.store.lanes, state.store.kv, m.rows, m.most_tokens
         if self.index == 0:
             find_rows(lanes, rows, m.block_table, m.seq_lens)
+            m.parts = [] if most == 1 else parts_of_step(rows, state.store.cuts)
         if most == 1:
-            splits = self._splits(m)
-            single(lanes, kv, rows, self.index, self._decision, key, value, features, state.meeting, splits)
-        else:
-            self._decide(m, features)
-            prefill(lanes, kv, rows, self.index, query, key, value, state.chunk, state.lists, state.counts, output, self.scale,
+            single(lanes, kv, rows, self.index, self._decision, key, value, features, state.meeting, self._splits(rows))
+            self._decode(m, rows, query, output, m.splits)
+            return output
+        remembered = features if self.serving.rank else None
+        for part, copies in m.parts:
+            self._decide(m, part, features)
+            prefill(lanes, kv, part, self.index, query, key, value, state.chunk, state.lists, state.counts, output, self.scale,
                     most)  # fmt: skip
-            remembered = features if self.serving.rank else None
             splits = min(max(1, most // 64), 32)
-            settle(lanes, kv, rows, self.index, key, value, remembered, state.chunk, state.rank, most, splits)
-        decode(
-            lanes,
-            kv,
-            rows,
-            self.index,
-            query,
-            output,
-            self.scale,
-            state.accumulators,
-            state.sums,
-            state.arrivals,
-            m.splits,
-        )
+            settle(lanes, kv, part, self.index, key, value, remembered, state.chunk, state.rank, most, splits)
+            self._decode(
+                m, part, query, output, m.splits if part is rows else splits_for(part.count, self.num_kv_heads)
+            )
+            if copies is not None:
+                copy_lanes(lanes, kv, copies, self.index)
         return output
 
-    def _splits(self, m: DeviceAttentionMetadata) -> int:
-        """Programs a row and unit that share a lane's decisions."""
-        return max(1, min(32, PROGRAMS // (m.rows.count * self.serving.num_units)))
+    def _decode(
+        self, m: DeviceAttentionMetadata, rows: Rows, query: torch.Tensor, output: torch.Tensor, splits: int
+    ) -> None:
+        state = m.state
+        assert state.store is not None and state.store.kv is not None
+        decode(state.store.lanes, state.store.kv, rows, self.index, query, output, self.scale, state.accumulators, state.sums,
+               state.arrivals, splits)  # fmt: skip
 
-    def _decide(self, m: DeviceAttentionMetadata, features: torch.Tensor | None) -> None:
-        """Expiries that the step gives to keys in lanes and to its own."""
-        state, rows, most, rule = m.state, m.rows, m.most_tokens, self._decision
+    def _splits(self, rows: Rows) -> int:
+        """Programs a row and unit that share a lane's decisions."""
+        return max(1, min(32, PROGRAMS // (rows.count * self.serving.num_units)))
+
+    def _decide(self, m: DeviceAttentionMetadata, rows: Rows, features: torch.Tensor | None) -> None:
+        """Expiries that these rows' tokens give to keys in lanes and to their own."""
+        state, most, rule = m.state, m.most_tokens, self._decision
         assert state.store is not None and state.store.kv is not None
         lanes = state.store.lanes
         if rule.kind == QUERY:
             assert features is not None
             crossing(lanes, state.store.kv, rows, self.index, features, state.chunk, rule.scale, rule.constants, rule.sinks,
-                     rule.window, self._splits(m), most)  # fmt: skip
+                     rule.window, self._splits(rows), most)  # fmt: skip
         elif rule.kind == DELAYED:
             assert features is not None
             delayed(lanes, rows, self.index, features, state.chunk, rule.sinks, most)

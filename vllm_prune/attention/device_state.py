@@ -6,7 +6,7 @@ the step's own keys, scratch. Letters: R rows, T tokens of a step, E eviction un
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from vllm_prune_kernels.single import Meeting
 from vllm_prune.attention.serving import knobs_of
 from vllm_prune.attention.step_state import StepState, Told
 from vllm_prune.cache.device_store import DeviceStore, sizes_of
+from vllm_prune.cache.snapshots import MOST_ON_GPU, MOST_PARTS
 from vllm_prune.cache.spec import PruneSpec
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class DeviceAttentionMetadata:
         block_table: int32 [R, W']; seq_lens: int32 [R]: vLLM's.
         most_tokens: the most tokens a row has.
         splits: programs a row and KV head in decode attention.
+        parts: rows in the order in which each layer takes them, and what it copies after each (``copy_lanes``); found by the
+            first layer of a step that is not of single tokens. Several where rows are cut for snapshots.
     """
 
     state: DeviceState
@@ -47,6 +50,7 @@ class DeviceAttentionMetadata:
     seq_lens: torch.Tensor
     most_tokens: int
     splits: int
+    parts: list[tuple[Rows, torch.Tensor | None]] = field(default_factory=list)
 
 
 class DeviceState(StepState):
@@ -61,6 +65,8 @@ class DeviceState(StepState):
         super().__init__(vllm_config, spec, layer_names)
         # Graphs are captured for numbers of rows that may lie above the most requests.
         r = max([self.max_requests, *(vllm_config.compilation_config.cudagraph_capture_sizes or [])])
+        if self.prefixes:
+            r = max(r, MOST_PARTS * self.max_requests)
         e, t = self.serving.num_units, self.chunk_tokens
         self.chunk = torch.full((e, t), NEVER, dtype=torch.int32, device=device)
         self.rank = torch.zeros(e, t, dtype=torch.int32, device=device)
@@ -80,8 +86,9 @@ class DeviceState(StepState):
         views = [kv_caches[name] for name in self.layer_names]
         for layer in self.layers:
             layer.impl.reserved = None  # type: ignore[attr-defined]
+        slots = self.max_requests + (MOST_ON_GPU if self.prefixes else 0)
         self.store = DeviceStore(
-            self.spec.geometry, self.max_requests, self.max_tokens, views[0].shape[0], self.serving.num_units,
+            self.spec.geometry, slots, self.max_tokens, views[0].shape[0], self.serving.num_units,
             self.spec.max_grants(self.max_tokens), self.device,
             partial(knobs_of, self.layers[0].drop_gate, self.layers[0].section), self.record,  # type: ignore[arg-type]
             self.ranks,
@@ -90,7 +97,7 @@ class DeviceState(StepState):
 
     def begin_step(self, meta: PruneMetadata) -> None:
         assert self.store is not None, "the KV cache is not bound yet"
-        self.store.begin(meta.ended, meta.grants)
+        self.store.begin([*meta.gone, *meta.ended], meta.grants)
 
     def end_step(self) -> Told:
         assert self.store is not None, "the KV cache is not bound yet"
@@ -119,9 +126,8 @@ def bookkeeping_bytes(vllm_config: VllmConfig, spec: PruneSpec, units: int) -> i
     if given is None:
         free, total = torch.cuda.mem_get_info()
         given = max(int(total * cache.gpu_memory_utilization) - (total - free), 0)
-    sizes = sizes_of(
-        spec.geometry, vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config.max_model_len, 1, units
-    )
+    slots = vllm_config.scheduler_config.max_num_seqs + (MOST_ON_GPU if cache.enable_prefix_caching else 0)
+    sizes = sizes_of(spec.geometry, slots, vllm_config.model_config.max_model_len, 1, units)
     page = sizes.page_numbers * spec.dtype.itemsize
     share = bytes_per_page(sizes) / (page + bytes_per_page(sizes))
     return fixed_bytes(sizes) + int(given * share)

@@ -8,12 +8,13 @@ Runs in the worker.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from vllm_prune_kernels.close import close
+from vllm_prune_kernels.copy import copy_lanes
 from vllm_prune_kernels.grants import forget, grant
 from vllm_prune_kernels.lanes import AHEAD, NEVER, REPORT, Lanes, Sizes, send
 from vllm_prune_kernels.plan import plan
@@ -61,6 +62,19 @@ class Sent:
             self.done.synchronize()
 
 
+@dataclass
+class Cuts:
+    """Where rows of a step are cut for snapshots.
+
+    Attributes:
+        at: int32 [S, C], positions by slot, ascending; NEVER where there is none.
+        copies: for each of C cuts, int32 [n, 2], slots from which and to which lanes are then copied.
+    """
+
+    at: torch.Tensor
+    copies: list[torch.Tensor]
+
+
 def sizes_of(geometry: LaneGeometry, max_requests: int, max_tokens: int, num_blocks: int, units: int) -> Sizes:
     """Of the lanes on the device; arguments as for ``DeviceStore``."""
     g = geometry
@@ -70,6 +84,18 @@ def sizes_of(geometry: LaneGeometry, max_requests: int, max_tokens: int, num_blo
         gate_rank=g.gate_rank, blocks=num_blocks, slots=max_requests, width=cdiv(max_tokens, g.block_tokens) + 1,
         grants=dense + 8,
     )  # fmt: skip
+
+
+def snapshots_in(grants: dict[str, StepGrant]) -> dict[str, StepGrant]:
+    """Snapshots that are made in a step, each as a request would be: its tokens are those of its request up to it."""
+    return {
+        order.name: replace(
+            given, epoch=order.epoch, new_blocks=order.blocks, tokens=order.tokens - (given.covered - given.tokens),
+            covered=order.tokens, remaining=0, last=True, in_flight=0, spared=(), map=False, start=req_id, snapshots=(),
+        )
+        for req_id, given in grants.items()
+        for order in given.snapshots
+    }  # fmt: skip
 
 
 def counts_of(lanes: Lanes, rows: torch.Tensor) -> Counts:
@@ -138,6 +164,8 @@ class DeviceStore:
         self.events: set[tuple[str, int]] = set()  # lives recorded: request and epoch
         self._recorded: dict[str, torch.Tensor] = {}
         self._closing: tuple[torch.Tensor, int, dict[str, StepGrant]] | None = None
+        self.cuts: Cuts | None = None
+        """Of the step that is under way."""
         self._sent: deque[Sent] = deque()
 
     def bind(self, layers: list[torch.Tensor]) -> None:
@@ -148,16 +176,20 @@ class DeviceStore:
     # Before and after a step -------------------------------------------------------------------------------------
 
     def begin(self, ended: list[str], grants: dict[str, StepGrant]) -> None:
-        """Bury requests, take in new grants and give every lane its pages for the step: one copy to the device."""
+        """Bury requests and snapshots, take in new grants, give every lane its pages for the step, and copy lanes to those that
+        start from a snapshot: one copy to the device, and one more where snapshots are made."""
         gone: list[tuple[int, ...]] = []
         news: list[tuple[int, ...]] = []
         plans: list[tuple[int, ...]] = []
+        starts: list[tuple[int, ...]] = []
+        orders: list[tuple[int, ...]] = []
         closes: list[tuple[int, ...]] = []
         fresh: list[tuple[float, ...]] = []
         spared: list[tuple[int, Sequence[tuple[int, int]]]] = []
         for req_id in ended:
             self._forget(req_id, gone)
-        for req_id, given in grants.items():
+        every = {**grants, **snapshots_in(grants)}
+        for req_id, given in every.items():
             state = self.slots.get(req_id)
             if state is not None and state.epoch != given.epoch:
                 self._forget(req_id, gone)
@@ -177,16 +209,38 @@ class DeviceStore:
             for rank, block in enumerate(given.new_blocks):
                 news.append((state.slot, block, state.seen + rank, rank))
             state.seen += len(given.new_blocks)
-            plans.append((state.slot, given.tokens, len(given.new_blocks)))
+            origin = state.slot if given.start is None else self.slots[given.start].slot
+            if req_id not in grants:
+                orders.append((state.slot, given.tokens, len(given.new_blocks), origin))
+            else:
+                plans.append((state.slot, given.tokens, len(given.new_blocks), origin))
+                if given.start is not None:
+                    starts.append((origin, state.slot))
             closes.append(self._close_row(state, given))
         self._set_knobs(fresh)
         self._set_spared(spared)
-        tables = self._send([(gone, 2), (news, 4), (plans, 3), (closes, 4)])
+        tables = self._send([(gone, 2), (news, 4), (plans, 4), (starts, 2), (orders, 4), (closes, 4)])
         forget(self.lanes, tables[0])
         grant(self.lanes, tables[1])
         most = max((given.tokens for given in grants.values()), default=0)
         plan(self.lanes, tables[2], most)
-        self._closing = (tables[3], most, grants) if grants else None
+        if starts:
+            assert self.kv is not None
+            copy_lanes(self.lanes, self.kv, tables[3])
+        plan(self.lanes, tables[4], most)  # which come after what was copied
+        self.cuts = self._cuts(grants) if orders else None
+        self._closing = (tables[5], most, every) if grants else None
+
+    def _cuts(self, grants: dict[str, StepGrant]) -> Cuts:
+        most = max(len(given.snapshots) for given in grants.values())
+        at = np.full((self.lanes.sizes.slots, most), NEVER, np.int32)
+        copies: list[list[tuple[int, ...]]] = [[] for _ in range(most)]
+        for req_id, given in grants.items():
+            slot = self.slots[req_id].slot
+            for number, order in enumerate(given.snapshots):
+                at[slot, number] = order.tokens
+                copies[number].append((slot, self.slots[order.name].slot))
+        return Cuts(send(torch.from_numpy(at), self.device), self._send([(rows, 2) for rows in copies]))
 
     def _set_knobs(self, fresh: list[tuple[float, ...]]) -> None:
         """Slot, shift, limit, delay, n_spared of requests that begin or go on at another strength: float64 holds all exactly."""
@@ -239,6 +293,10 @@ class DeviceStore:
             return
         (rows, most, grants), self._closing = self._closing, None
         assert self.kv is not None
+        if self.cuts is not None and most == 1:  # rows of one token are not cut
+            for copies in self.cuts.copies:
+                copy_lanes(self.lanes, self.kv, copies)
+        self.cuts = None
         if self.ranks.several:
             mine = counts_of(self.lanes, rows)
             agreed = self.ranks.join(mine)

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 MOST = 256
 """Snapshots held or being made at once; each has a slot in the worker's tables, which is address space until it is used."""
+MOST_ON_GPU = 64
+"""The same where tables take memory at once."""
+MOST_PARTS = 3
+"""That a request's tokens of a step are cut into: a prompt leaves two snapshots at most (``positions``)."""
 SEEN = 1 << 16
 """Block hashes of prompts that are remembered, to notice where prompts part."""
 

@@ -102,10 +102,8 @@ def check_pressure(vllm_config: VllmConfig, section: DropGateConfig, served: Ser
         raise refused("pressure", method=section.method)
 
 
-def no_prefixes(device: str, served: ServedGate, options: dict[str, Any]) -> str | None:
+def no_prefixes(served: ServedGate, options: dict[str, Any]) -> str | None:
     """Why what gates leave of a prompt's beginning cannot serve another request; None where it can."""
-    if device != "cpu":
-        return "snapshots of lanes are made on CPU workers only"
     if not served.leaves_prefixes:
         return "with these gates what is left of a prompt's beginning hangs on what follows it, or does not lie in its lanes"
     if pressure_options(options) is not None:
@@ -285,7 +283,7 @@ class GatedModelConfig(VerifyAndUpdateConfig):
             raise PruneError(
                 f"drop_gate.params.rank does not fit the base: {error}.", "Train with another rank."
             ) from None
-        reason = no_prefixes(device, served, server_options(vllm_config))
+        reason = no_prefixes(served, server_options(vllm_config))
         if cache.enable_prefix_caching and reason:
             logger.info("vllm-prune: prefix caching is switched off: %s", reason)
             cache.enable_prefix_caching = False

@@ -55,7 +55,8 @@ class Ingress:
         )  # fmt: skip
         lost = ""
         for _ in range(1 + self._retries):
-            pieces: Any = self._engine.remote(call)
+            # Ray's router for prefixes divides by the length of a positional argument's prompt.
+            pieces: Any = self._engine.remote(call) if call.prompt else self._engine.remote(call=call)
             try:
                 opening = await anext(aiter(pieces))
             except DIED:

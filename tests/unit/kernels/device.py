@@ -52,8 +52,9 @@ class Pool:
         self.free = list(range(1, s.blocks))
         self.meeting, self.singles = Meeting.make(s.slots + 1, s.units, self.device), 0
 
-    def begin(self, ended: list[int], step: dict[int, int]) -> None:
-        """Bury, grant and plan: ``step`` has the tokens of each request."""
+    def begin(self, ended: list[int], step: dict[int, int], origin: dict[int, int] | None = None) -> None:
+        """Bury, grant and plan: ``step`` has the tokens of each request; ``origin``: whose lanes it will begin with."""
+        origin = origin or {}
         gone = [(slot, self.requests[slot].log[0]) for slot in ended]
         for slot in ended:
             self.free += self.requests.pop(slot).live
@@ -61,7 +62,10 @@ class Pool:
         for slot, tokens in step.items():
             request = self.requests.setdefault(slot, Request(slot))
             pages = sum(
-                -(-(int(self.lanes.length[slot, z]) * (slot not in ended) + tokens) // page_tokens_of(self.lanes, z))
+                -(
+                    -(int(self.lanes.length[origin.get(slot, slot), z]) * (slot not in ended) + tokens)
+                    // page_tokens_of(self.lanes, z)
+                )
                 for z in range(self.sizes.lanes)
             )
             more = max(-(-pages // self.sizes.block_pages) - len(request.live), 0)
@@ -69,8 +73,8 @@ class Pool:
             news += [(slot, block, len(request.log) + i, i) for i, block in enumerate(blocks)]
             request.log += blocks
             request.live += blocks
-            plans.append((slot, tokens, more))
-        tables = [to_device(x, columns, torch.device(self.device)) for x, columns in ((gone, 2), (news, 4), (plans, 3))]
+            plans.append((slot, tokens, more, origin.get(slot, slot)))
+        tables = [to_device(x, columns, torch.device(self.device)) for x, columns in ((gone, 2), (news, 4), (plans, 4))]
         if self.fast:
             forget(self.lanes, tables[0])
             grant(self.lanes, tables[1])
