@@ -20,9 +20,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-# Law 3 with fresh seeds, twenty times as many histories.
+# Hours: every shape of every test, law 3 with fresh seeds and twenty times as many histories. TESTS=... for some of them.
+TESTS ?= tests
 nightly: $(STAMP)
-	VLLM_PRUNE_FULL=1 $(BIN)/python -m pytest --timeout 0 -rP tests/integration/test_law3_state_machine.py
+	VLLM_PRUNE_FULL=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --timeout 0 -rP $(TESTS)
 
 # Small faults in vllm_prune/cache that tests must notice (docs/mutation.md): hours. ARGS="--sample 20" for minutes.
 mutation: $(STAMP)

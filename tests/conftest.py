@@ -28,6 +28,7 @@ LONG = (
     "test_faults",
     "test_device_path",
     "test_ray_serve",
+    "test_train_distributed",
     "test_kernels",
     "test_law1_open_gates",
     "test_public_dms",

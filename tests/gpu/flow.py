@@ -26,7 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 CASES = [
     *(f"{method},v2,graphs" for method in METHODS), "dcp,v2,eager", "dcp,v1,graphs", "dcp,v1,eager", "dms,v1,graphs",
-    "open,v2,graphs", "dcp_generic,v2,graphs",
+    "open,v2,graphs", "dcp_generic,v2,graphs", "dcp_prefix,v2,graphs", "dms_prefix,v1,eager",
 ]  # fmt: skip
 
 
@@ -54,9 +54,10 @@ def run(case: str, null: bool) -> None:
 
     torch.set_num_threads(1)
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from support import engine, generate, pool_is_whole, preempted, prompts, save_gated, tiny_config
+    from support import engine, generate, pool_is_whole, preempted, prompts, save_gated, scheduler_of, tiny_config
     from vllm import SamplingParams
 
+    method, prefixes = method.removesuffix("_prefix"), method.endswith("_prefix")
     name = {"open": "random", "dcp_generic": "dcp"}.get(method, method)
     params = METHODS[name]
     with tempfile.TemporaryDirectory() as folder:
@@ -65,7 +66,9 @@ def run(case: str, null: bool) -> None:
                            generic=method == "dcp_generic", **params)  # fmt: skip
         if null:
             make_up_reports()
-        options = {"additional_config": {"vllm_prune": {"strength": 0.0}}} if method == "open" else {}
+        options: dict[str, Any] = {"enable_prefix_caching": prefixes}
+        if method == "open":
+            options["additional_config"] = {"vllm_prune": {"strength": 0.0}}
         with engine(model, enforce_eager=mode == "eager", block_size=64, max_num_seqs=8, kv_cache_memory_bytes=None,
                     gpu_memory_utilization=0.2, long_prefill_token_threshold=0 if null else 100, **options) as llm:  # fmt: skip
             for batch in (prompts([130, 40, 1, 300, 64]), prompts([20] * 8)):
@@ -80,6 +83,11 @@ def run(case: str, null: bool) -> None:
             for _ in range(6):
                 core.step()
             core.abort_request([f"gone{i}" for i in range(3)])
+            if prefixes:
+                for cached in (0, 256):  # from the second on
+                    (output,) = generate(llm, prompts([300], seed=9), tokens=8)
+                    assert output.num_cached_tokens == cached
+                scheduler_of(llm).reset_prefix_cache()
             generate(llm, prompts([10]), tokens=3)
             assert pool_is_whole(llm)
             runner_class = type(core.engine_core.engine_core.model_executor.driver_worker.worker.model_runner)

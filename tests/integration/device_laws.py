@@ -18,7 +18,8 @@ from test_request_strength import asking, check_strengths, greedy
 from vllm_prune_kernels import decode
 from vllm_prune_training.masked import load_gated
 
-from vllm_prune.attention import cuda, gated
+from vllm_prune import connector
+from vllm_prune.attention import cuda, device_state, gated
 from vllm_prune.attention.cuda_backend import PruneCUDABackend
 from vllm_prune.attention.device_state import DeviceState
 from vllm_prune.gates import GATES
@@ -29,7 +30,8 @@ SMALL = {} if torch.cuda.is_available() else {
 }  # fmt: skip
 """The interpreter copies every tensor that a kernel is given."""
 ON_GPU = ("dcp", "dcp_kv_head", "dms", "window", "random")
-SHORT = ON_GPU if os.environ.get("VLLM_PRUNE_FULL") == "1" else ("dcp", "dms")
+FULL = os.environ.get("VLLM_PRUNE_FULL") == "1"
+SHORT = ON_GPU if FULL else ON_GPU[:1]
 """Under the interpreter, a minute each; the kernels of the others are compared with their twins in any case."""
 
 
@@ -42,6 +44,8 @@ def device_path(monkeypatch):
     monkeypatch.setattr(gated, "backend_class", lambda: PruneCUDABackend)
     monkeypatch.setattr(cuda, "PROGRAMS", 8)  # the interpreter runs them one after another
     monkeypatch.setattr(decode, "MOST_SPLITS", 2)
+    monkeypatch.setattr(connector, "MOST", 6)
+    monkeypatch.setattr(device_state, "MOST_ON_GPU", 6)
     monkeypatch.setattr(native, "may_fuse", lambda vllm_config: True)
 
 
@@ -80,7 +84,7 @@ def test_pressure(tmp_path, name):
         check_pressure(llm, model, [50, 60])
 
 
-@pytest.mark.parametrize("name", ON_GPU if torch.cuda.is_available() else SHORT[:1])
+@pytest.mark.parametrize("name", ON_GPU if torch.cuda.is_available() else SHORT)
 def test_prefixes(tmp_path, name):
     """Prompts that begin alike, from snapshots and computed anew: the same tokens, logits and drops."""
     method = name.removesuffix("_kv_head")
@@ -103,7 +107,7 @@ def test_prefixes(tmp_path, name):
         all_ended(llm)
 
 
-@pytest.mark.parametrize(("family", "group"), [("qwen3", 3), ("llama", 2)])
+@pytest.mark.parametrize(("family", "group"), [("qwen3", 3), ("llama", 2)] if FULL else [("llama", 2)])
 def test_open_lanes(tmp_path, family, group):
     """Gates that run and never drop: what Hugging Face's model says, token for token, in float32."""
     model = save_gated(tmp_path, tiny_config(family, layers=2, group=group), "dcp", beta=60.0)
