@@ -153,6 +153,11 @@ def complete(client: OpenAI, model: str, tokens: int, prompt: str = TEXT, stream
     )  # fmt: skip
 
 
+def new() -> str:
+    """A prompt that begins like no other, for whichever replica has served least."""
+    return secrets.token_hex(100)
+
+
 def test_completions_and_what_the_gates_did(client, model):
     assert model == "examples/reference-dcp"  # as the file has it
     answer = complete(client, model, 60, **{"prune.strength": 0.5})
@@ -237,7 +242,7 @@ def both(serving, client, model) -> list[psutil.Process]:
             enough.set()
     for run in runs:
         run.result()
-    serving.wait("it answers", lambda: complete(client, model, 8) and len(serving.answered()) == 2)
+    serving.wait("it answers", lambda: complete(client, model, 8, new()) and len(serving.answered()) == 2)
     return serving.processes(REPLICA)
 
 
@@ -248,7 +253,7 @@ def test_little_free_kv_adds_a_replica(both):
 def test_the_same_beginning_goes_to_the_same_replica(both, serving, client, model):
     """Which then starts from what it holds of it: as many tokens cached as the first block border below the prompt's end says."""
     begun = len(serving.answers())
-    prompts = [f"{number} {word} " * 40 for number, word in enumerate(("alpha", "beta", "gamma", "delta"))]
+    prompts = [f"{word} " * 60 for word in ("alpha", "Beta", "(gamma)", "= delta")]
     cached: dict[str, list[int]] = {prompt: [] for prompt in prompts}
     for _ in range(3):
         for prompt in prompts:
@@ -306,7 +311,7 @@ def test_a_killed_replica_is_replaced_and_no_other_request_is_lost(victim, both,
     assert alive == []
 
     def replaced() -> bool:
-        complete(client, model, 8)
+        complete(client, model, 8, new())
         return bool(serving.answered() & ({process.pid for process in serving.processes(REPLICA)} - before))
 
     serving.wait("a new replica answers", replaced)

@@ -38,7 +38,7 @@ class Call:
         except ValueError:
             return ""
         text = data.get("messages", data.get("prompt"))
-        first = {name: data[name] for name in ("cache_salt", "vllm_xargs", "tools") if name in data}
+        first = {name: data[name] for name in ("cache_salt", "vllm_xargs", "tools") if data.get(name)}
         return "" if text is None else json.dumps([first, text] if first else text)
 
     def scope(self) -> dict[str, Any]:

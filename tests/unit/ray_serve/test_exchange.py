@@ -125,6 +125,7 @@ def test_a_client_that_leaves(deaf: bool, monkeypatch: pytest.MonkeyPatch) -> No
         (b'{"prompt": [1, 2]}', "[1, 2]"),
         (b'{"messages": [{"role": "user", "content": "a"}]}', '[{"role": "user", "content": "a"}]'),
         (b'{"prompt": "a", "vllm_xargs": {"prune.strength": 0.5}}', '[{"vllm_xargs": {"prune.strength": 0.5}}, "a"]'),
+        (b'{"prompt": "a", "vllm_xargs": {}, "tools": null}', '"a"'),
         (b'{"input": "a"}', ""),
         (b"[1]", ""),
         (b"", ""),
