@@ -7,7 +7,7 @@ over that of stock's hit (``hit``) and of the plugin without caching (``cold``).
 still held after all were served, in a pool in which stock vLLM can hold many of them, and (``prefixes_in_little_room``) in one
 for a few, where the dense room that a prompt takes while it is computed is a large part. ``turns``: conversations that each come
 back with their whole history and some more; the pool has room for a part of them, so that somebody's history is lost between
-turns.
+turns. ``shared``: many at once with one system prompt, in ample room.
 """
 
 from __future__ import annotations
@@ -95,6 +95,20 @@ def turns(engine: Engine, people: int, length: int, said: int, answer: int, roun
             "seconds": seconds, "tokens_per_second": (asked + people * rounds * answer) / seconds}  # fmt: skip
 
 
+def shared(engine: Engine, people: int, length: int, said: int, answer: int, rounds: int) -> dict[str, Any]:
+    """In each round a system prompt that nobody has seen, and ``people`` who come with it at the same time."""
+    rng = random.Random(4)
+    seconds = cached = asked = 0.0
+    for turn in range(rounds):
+        system = drawn(rng, length)
+        took, outputs = ask(engine, [system + drawn(rng, said) for _ in range(people)], answer, f"s{turn}_")
+        seconds += took
+        cached += sum(output.num_cached_tokens for output in outputs)
+        asked += people * (length + said)
+    return {"people": people, "rounds": rounds, "system_prompt": length, "prompt_tokens": asked, "cached_tokens": cached,
+            "seconds": seconds, "tokens_per_second": (asked + people * rounds * answer) / seconds}  # fmt: skip
+
+
 def three(folders: Any, blocks: int, longest: int, budget: int) -> dict[str, Engine]:
     options = {"max_model_len": longest, "max_num_seqs": 32, "max_num_batched_tokens": budget}
     return {
@@ -123,6 +137,8 @@ def main() -> None:
         engines = three(folders, many * length // 32, length + 64, 512)
         result["prefixes"] = both(engines, length, 5 * many + 5)
         say(result["prefixes"])
+        result["shared"] = {name: shared(engine, people, length, 64, 32, 3) for name, engine in engines.items()}
+        say(result["shared"])
         for engine in engines.values():
             engine.close()
         engines = three(folders, scarce, grown + 128, 512)
@@ -130,11 +146,14 @@ def main() -> None:
         say(result["turns"])
         for engine in engines.values():
             engine.close()
-    by = {name: found["tokens_per_second"] for name, found in result["turns"].items()}
+    over = {
+        f"{load}_over_{other}": result[load]["plugin"]["tokens_per_second"] / result[load][name]["tokens_per_second"]
+        for load in ("turns", "shared")
+        for other, name in (("stock", "stock"), ("without", "plugin_without"))
+    }
     result = {
         "prefixes_over_stock": result["prefixes"]["over_stock"],
-        "turns_over_stock": by["plugin"] / by["stock"],
-        "turns_over_without": by["plugin"] / by["plugin_without"],
+        **over,
         "targets": {"hit_over_stock_hit": 1.1, "prefixes_over_stock": 0.85 / KEEP, "turns_over_stock": 1.0},
         "pool_blocks": {
             "first_token, prefixes_in_little_room": blocks,
@@ -145,7 +164,7 @@ def main() -> None:
         **result,
         **frame(args, SHAPE, started),
     }
-    say({key: round(result[key], 3) for key in ("prefixes_over_stock", "turns_over_stock", "turns_over_without")})
+    say({key: round(result[key], 3) for key in ("prefixes_over_stock", *over)})
     publish(args, result)
 
 

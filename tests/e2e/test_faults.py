@@ -22,6 +22,9 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import torch
+from openai import OpenAI
+from public_checkpoints import WINDOW, published, save_nvidia
 from serving import Events, Server, serving
 from support import VOCAB, prompts, save_gated, tiny_config
 from vllm_prune_training.tokenizer import train_tokenizer
@@ -62,9 +65,15 @@ def clock(tmp_path_factory) -> Iterator[Callable[[int], None]]:
     return jump
 
 
+EXTRA = {"ignore_eos": True, "return_token_ids": True}
+
+
+def asked(prompt: list[int], tokens: int) -> dict[str, Any]:
+    return {"model": "faults", "prompt": prompt, "max_tokens": tokens, "temperature": 0}
+
+
 def body(prompt: list[int], tokens: int = LONG, **more: Any) -> dict[str, Any]:
-    return {"model": "faults", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True,
-            "return_token_ids": True, **more}  # fmt: skip
+    return {**asked(prompt, tokens), **EXTRA, **more}
 
 
 def answer(server: Server, prompt: list[int]) -> tuple[list[int], int]:
@@ -88,8 +97,8 @@ class Stream:
 
     def read(self) -> None:
         try:
-            asked = body(self.prompt, stream=True)
-            with httpx.stream("POST", self.url + "/v1/completions", json=asked, timeout=120) as found:
+            wish = body(self.prompt, stream=True)
+            with httpx.stream("POST", self.url + "/v1/completions", json=wish, timeout=120) as found:
                 if found.status_code != 200:
                     self.ended = found.read().decode()
                     return
@@ -263,11 +272,18 @@ def test_the_engine_core_is_killed(folder, usual, tmp_path):
 
 
 def test_a_restart_serves_what_is_on_the_disk(folder, usual, tmp_path):
-    """Another checkpoint by now."""
-    new = make(tmp_path / "new", seed=1)
-    for path in new.iterdir():
-        shutil.move(path, folder / path.name)
+    """Another checkpoint by now: a public one, in NVIDIA's format, asked with the openai client."""
+    new = save_nvidia(tmp_path / "new")
+    train_tokenizer(["one two"], VOCAB).save_pretrained(new)
+    shutil.rmtree(folder)
+    shutil.move(new, folder)
     with serving(folder, tmp_path / "server.log", *OPTIONS) as server:
-        found = answers(server)
-    assert all(len(tokens) == LONG and dropped > 0 for tokens, dropped in found)
-    assert all(a[0] != b[0] for a, b in zip(found, usual, strict=True))
+        client = OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=120)
+        found = [client.completions.create(**asked(prompt, 40), extra_body=EXTRA) for prompt in ASKED]
+    for prompt, answer in zip(ASKED, (one.model_dump() for one in found), strict=True):
+        ids = torch.tensor([*prompt, *answer["choices"][0]["token_ids"]])
+        logits, mark = published(folder, ids)
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == ids[len(prompt) :].tolist()
+        computed = len(ids) - 1
+        ended = torch.arange(len(ids)) + WINDOW + 1 < computed
+        assert answer["kv_transfer_params"]["vllm_prune"]["keys_dropped"] == int((mark & ended).sum())

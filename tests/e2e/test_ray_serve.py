@@ -253,7 +253,7 @@ def test_little_free_kv_adds_a_replica(both):
 def test_the_same_beginning_goes_to_the_same_replica(both, serving, client, model):
     """Which then starts from what it holds of it: as many tokens cached as the first block border below the prompt's end says."""
     begun = len(serving.answers())
-    prompts = [f"{word} " * 60 for word in ("alpha", "Beta", "(gamma)", "= delta")]
+    prompts = [f"{word} " * 150 for word in ("alpha", "Beta", "(gamma)", "= delta")]
     cached: dict[str, list[int]] = {prompt: [] for prompt in prompts}
     for _ in range(3):
         for prompt in prompts:
@@ -275,13 +275,13 @@ def test_a_killed_replica_is_replaced_and_no_other_request_is_lost(victim, both,
     with an error event, and no others; then a new replica answers too."""
     serving.wait("two replicas", lambda: len(serving.processes(REPLICA)) == len(serving.processes(ENGINE)) == 2, 60)
 
-    def plain(number: int) -> int:
-        return complete(client, model, 200, f"{TEXT}  # {number}").usage.completion_tokens
+    def plain(_: int) -> int:
+        return complete(client, model, 200, new()).usage.completion_tokens
 
     def streamed(number: int) -> str | None:
         reason = None
         try:
-            for chunk in complete(client, model, 1500, f"{TEXT}  # {number}", stream=True):
+            for chunk in complete(client, model, 1500, new(), stream=True):
                 begun.add(number)
                 reason = chunk.choices[0].finish_reason or reason
         except APIStatusError:

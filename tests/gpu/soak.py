@@ -1,8 +1,9 @@
 """Mixed load for minutes, on whatever device there is: does the pool stay whole, and does memory stay what it was?
 
 Requests of random lengths come at random and some are aborted; the pool is too small for them, so that vLLM preempts, and now and
-then everything is preempted at once. From time to time the engine runs dry: then every block must be free, and what the
-process and the device hold is noted. A sample of requests is repeated alone at the end and must have dropped the same keys.
+then everything is preempted at once. Every other prompt begins as others do, and prefixes are held. From time to time the engine
+runs dry: then every block must be free, and what the process and the device hold is noted. A sample of requests is repeated
+alone and from its first token at the end, and must have dropped the same keys.
 
     python tests/gpu/soak.py [--minutes 30] [--method dcp] [--json PATH]
 """
@@ -32,7 +33,8 @@ class Load:
     def __init__(self, core: Any, rng: random.Random, vocab: int) -> None:
         self.core, self.rng, self.vocab = core, rng, vocab
         self.running: dict[str, int] = {}
-        self.done = self.aborted = self.tokens = self.steps = self.dropped = self.number = 0
+        self.done = self.aborted = self.tokens = self.steps = self.dropped = self.number = self.cached = 0
+        self.beginnings: list[list[int]] = []
         self.sample: list[Any] = []
 
     def arrive(self) -> None:
@@ -40,7 +42,11 @@ class Load:
         from vllm import SamplingParams
 
         length, most = draw_lengths(self.rng, LONGEST)
-        ids = draw_tokens(self.rng, length, self.vocab)
+        if self.number % 50 == 0:
+            first = draw_tokens(self.rng, 400, self.vocab)
+            self.beginnings = [first, first[:150] + draw_tokens(self.rng, 300, self.vocab)]
+        begin = self.rng.choice(self.beginnings)[:length] if self.rng.random() < 0.5 else []
+        ids = begin + draw_tokens(self.rng, length - len(begin), self.vocab)
         params = SamplingParams(temperature=0, max_tokens=most, ignore_eos=True, detokenize=False)
         name, self.number = f"r{self.number}", self.number + 1
         self.core.add_request(name, {"prompt_token_ids": ids}, params)
@@ -56,6 +62,7 @@ class Load:
             assert found == wanted, f"{output.request_id} ended after {found} of {wanted} tokens"
             self.done += 1
             self.tokens += found
+            self.cached += output.num_cached_tokens
             told = (output.kv_transfer_params or {}).get("vllm_prune")
             self.dropped += told["keys_dropped"] if told else 0
             if told and found > 1 and len(self.sample) < 12 and self.rng.random() < 0.1:
@@ -99,6 +106,7 @@ def soak(seconds: float, method: str, seed: int, spells: int = 20) -> dict[str, 
         tiny_config,
         token_ids,
     )
+    from vllm import SamplingParams
 
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -108,7 +116,8 @@ def soak(seconds: float, method: str, seed: int, spells: int = 20) -> dict[str, 
         else:
             model = save_gated(Path(folder), config, method.removesuffix("_kv_head"), torch.float32, **METHODS[method])
         eager = not torch.cuda.is_available()
-        with engine(model, enforce_eager=eager, max_num_batched_tokens=256, kv_cache_memory_bytes=6 << 20) as llm:
+        with engine(model, enforce_eager=eager, max_num_batched_tokens=256, kv_cache_memory_bytes=6 << 20,
+                    enable_prefix_caching=True) as llm:  # fmt: skip
             load = Load(llm.llm_engine, rng, VOCAB)
             preempted = count_preemptions(llm)
             held = []
@@ -128,7 +137,9 @@ def soak(seconds: float, method: str, seed: int, spells: int = 20) -> dict[str, 
                 assert pool_is_whole(llm), f"spell {spell}: blocks are missing"
                 held.append({"process": process_bytes(), "device": device_bytes()})
             for output in load.sample:
-                again = generate(llm, [{"prompt_token_ids": output.prompt_token_ids}], len(output.outputs[0].token_ids))
+                anew = SamplingParams(temperature=0, max_tokens=len(output.outputs[0].token_ids), ignore_eos=True,
+                                      detokenize=False, skip_reading_prefix_cache=True)  # fmt: skip
+                again = llm.generate([{"prompt_token_ids": output.prompt_token_ids}], anew, use_tqdm=False)
                 first, second = (o.kv_transfer_params["vllm_prune"]["keys_dropped"] for o in (output, again[0]))
                 if token_ids(again) == token_ids([output]):
                     assert first == second, f"{output.request_id}: {first} keys dropped under load, {second} alone"
@@ -136,6 +147,7 @@ def soak(seconds: float, method: str, seed: int, spells: int = 20) -> dict[str, 
     return {
         "method": method, "seed": seed, "blocks": blocks, "steps": load.steps, "ended": load.done,
         "aborted": load.aborted, "preempted": preempted(), "tokens": load.tokens, "keys_dropped": load.dropped,
+        "cached_tokens": load.cached,
         "repeated": len(load.sample), "held": held,
     }  # fmt: skip
 
