@@ -9,7 +9,9 @@ from test_grants import report
 from vllm.v1.core.block_pool import BlockPool
 
 from vllm_prune.cache.geometry import LaneGeometry
+from vllm_prune.cache.grants import GrantLog
 from vllm_prune.cache.manager import PruneManager
+from vllm_prune.cache.snapshots import Snapshots
 from vllm_prune.cache.spec import PruneSpec
 
 SIZES = {"block_size": 32, "num_kv_heads": 2, "head_size": 64, "dtype": torch.float32}
@@ -127,3 +129,37 @@ def test_who_is_short_awaits_its_report_and_lets_nobody_in():
     assert bare.asks("a", 256) == 4 and not bare.manager.waits_for_report()
     bare.grant("a", 256)
     assert bare.asks("a", 400) > bare.pool.get_num_free_blocks() and not bare.manager.waits_for_report()
+
+
+def test_who_has_room_keeps_nobody_out():
+    bare = Bare(blocks=8)
+    bare.grant("a", 128)
+    assert bare.asks("a", 192) == 2 < bare.pool.get_num_free_blocks()
+    assert bare.asks("b", 10) == 1 and bare.asks("a", 224) == 3 == bare.pool.get_num_free_blocks()
+    assert bare.asks("b", 10) == 1, "just enough is enough"
+
+
+def test_starting_from_a_snapshot():
+    """What is granted: room for its lanes and the next tokens, planned at admission; its own blocks are held meanwhile."""
+    bare = Bare(blocks=30, expected_keep=0.01)
+    snapshots = bare.manager.snapshots = Snapshots(bare.pool, bare.spec.geometry)
+    request = SimpleNamespace(num_tokens=600, block_hashes=[bytes([n]) for n in range(18)])
+    order = snapshots.make(request, GrantLog(1), 320, 1.0, ())
+    assert order is not None and len(order.blocks) == 10
+    snapshots.settle()
+    snapshots.accept(order.name, report(epoch=order.epoch, covered=320, pages=(24, 30, 30), keep=4, seen=10))
+    found = bare.manager.starting["b"] = snapshots.find(request, 1.0, ())
+    assert found is not None
+    dense = 4 + bare.spec.geometry.blocks_for(280)  # 24 pages, and nothing dropped of what follows
+    planned = bare.spec.peak_blocks(600)
+    assert planned < dense
+    ask = bare.manager.get_num_blocks_to_allocate
+    assert ask("b", 600, [], 320, 0, 600) == dense + 4
+    assert ask("b", 600, [], 320, 0, 600, apply_admission_cap=True) == planned + 4
+    snapshots.hold(found)
+    assert ask("b", 600, [], 320, 0, 600) == dense, "somebody else holds its blocks already"
+    snapshots.settle()
+    bare.manager.allocate_external_computed_blocks("b", 0, 320)
+    assert bare.manager.grants["b"].report.covered == 320 and bare.pool.get_num_free_blocks() == 29 - 4
+    bare.manager.add_local_computed_blocks("b", [], 0, 0)
+    assert bare.grant("b", 352) == 5 == bare.manager.grants["b"].live and bare.grant("b", 352) == 0
