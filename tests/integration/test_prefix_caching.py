@@ -29,8 +29,9 @@ from vllm import SamplingParams
 from vllm_prune.gates import GATES, by_token
 
 FULL = os.environ.get("VLLM_PRUNE_FULL") == "1"
-HELD = ("dcp", "dcp_kv_head", "dms", "acc", *(("window", "random", "ltp") if FULL else ()))
-"""Methods with which prefixes are held; the last three decide at write and at boundaries, like others."""
+HELD = ("dcp", "dcp_kv_head", "dms", "acc", "ftp", *(("window", "random", "ltp", "shadow_token") if FULL else ()))
+"""Methods with which prefixes are held; the last four decide at write and at boundaries, like others, or drop nothing."""
+PARAMS = {**METHODS, "shadow_token": {**METHODS["shadow"], "neurons": 192, "neuron_hidden": 24, "closed_neurons": 0.5}}
 TOLD = (
     "tokens",
     "keys_held",
@@ -84,7 +85,7 @@ def gated(request, tmp_path_factory):
     method = request.param.removesuffix("_kv_head")
     section = {"protect": {"sinks": 2}} if GATES[method].protects else {}
     return save_gated(
-        tmp_path_factory.mktemp(request.param), tiny_config("qwen3", layers=3), method, section=section, **METHODS[request.param]
+        tmp_path_factory.mktemp(request.param), tiny_config("qwen3", layers=3), method, section=section, **PARAMS[request.param]
     )  # fmt: skip
 
 
@@ -115,7 +116,7 @@ def test_a_tree_of_prompts(gated):
             same(llm, first, cold)
             same(llm, again, cold)
             dropped = [output.kv_transfer_params["vllm_prune"]["keys_dropped"] for output in cold]
-            assert min(dropped) > 0, "the test must see drops"
+            assert min(dropped) > 0 or "shadow_token" in gated.name, "the test must see drops"
         config.long_prefill_token_threshold = 48
         used = snapshots.used
         ids = token_ids(preempted(llm, batch, tokens=12, after=(3, 6)))
@@ -145,9 +146,10 @@ def test_foreign_state_is_not_read(gated):
     """Same tokens at another strength, with other protected keys or another cache salt: computed, and then held beside it."""
     (prompt,) = prompts([100], seed=9)
     method = gated.name.rstrip("0123456789")
-    if method not in ("dcp", "dms", "acc") and not FULL:
+    if method not in ("dcp", "dms", "acc", "ftp") and not FULL:
         pytest.skip("one method of each way to decide")
-    spans = by_token(GATES[method.removesuffix("_kv_head")].reveal, False)
+    gate = GATES[method.removesuffix("_kv_head")]
+    spans = by_token(gate.reveal, gate.routes)
     with engine(gated, enable_prefix_caching=True, **RECORD) as llm:
         ways: list[tuple[dict[str, Any], dict[str, Any]]] = [
             (prompt, {}), (prompt, {"prune.strength": 0.5}), (prompt, {"prune.off": True}), ({**prompt, "cache_salt": "a"}, {}),
@@ -164,5 +166,6 @@ def test_foreign_state_is_not_read(gated):
             assert output.num_cached_tokens == 96
         cold = [ask(llm, [asked], cold=True, **fields)[0] for asked, fields in ways]
         same(llm, hot, cold * 2)
-        assert len({output.kv_transfer_params["vllm_prune"]["keys_dropped"] for output in cold}) > 1
+        dropped = {output.kv_transfer_params["vllm_prune"]["keys_dropped"] for output in cold}
+        assert len(dropped) > 1 or (method == "shadow_token" and dropped == {0})
         all_ended(llm)

@@ -54,8 +54,13 @@ class ServedGate:
 
     @property
     def leaves_prefixes(self) -> bool:
-        """Whether what is left of a prompt's beginning hangs on nothing that follows it, and lies in lanes alone."""
-        return not (self.routes or self.whole_prompt) and self.reveal not in (Reveal.PER_REQUEST, Reveal.NONE)
+        """Whether what is left of a prompt's beginning hangs on nothing that follows it."""
+        return not self.whole_prompt and self.reveal is not Reveal.PER_REQUEST
+
+    @property
+    def appends(self) -> bool:
+        """Whether what a layer has stored stays, so that lanes grow at their ends alone."""
+        return self.routes or self.reveal is Reveal.NONE
 
     @property
     def by_token(self) -> bool:

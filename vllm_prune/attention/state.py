@@ -146,7 +146,8 @@ class WorkerState(StepState):
                 store.copy(grant.start, req_id)
             for order in grant.snapshots:
                 store.update(order.name, order.epoch, order.blocks)
-                self._cuts.setdefault(store.slots[req_id].slot, []).append((order.tokens, order.name, req_id))
+                if not self.serving.appends:
+                    self._cuts.setdefault(store.slots[req_id].slot, []).append((order.tokens, order.name, req_id))
         self._step = meta.grants
 
     def pieces(self, rows: Rows, i: int) -> list[tuple[Rows, int, tuple[str, str] | None]]:
@@ -207,7 +208,9 @@ class WorkerState(StepState):
         covered = {req_id: grant.covered for req_id, grant in step.items()}
         for req_id, grant in step.items():
             for order in grant.snapshots:
-                if grant.tokens == 1:  # rows of one token are not cut
+                if self.serving.appends:
+                    store.copy(req_id, order.name, begin=order.tokens)
+                elif grant.tokens == 1:  # rows of one token are not cut
                     store.copy(req_id, order.name)
                 covered[order.name] = order.tokens
         reports = store.report(covered, ahead)

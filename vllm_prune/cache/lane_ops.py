@@ -84,6 +84,7 @@ def _load() -> Any:
         "lanes_skip": (c_int, [s, n, n, p, p]),
         "lanes_pack": (n, [s, n, p, n, p, n]),
         "lanes_copy": (c_int, [s, n, n, n]),
+        "lanes_copy_begin": (c_int, [s, n, n, n, n]),
         "steps_decode_open": (c_int, rows),
         "steps_decode_by_query": (c_int, [*rows, f, p, i, i]),
         "steps_decode_delayed": (c_int, [*rows, f, i, i, i]),

@@ -176,19 +176,46 @@ static void copy_page(const Store *a, int64_t to, int64_t from) {
     if (a->mass) memcpy(a->mass + to * a->N, a->mass + from * a->N, sizeof(double) * a->N);
 }
 
-/* What a slot holds in a layer, and its account of it, into the free pages of another slot whose lanes there are empty. */
+/* The first `tokens` entries of a lane into free pages of another slot, whose lane there is empty. */
+static int copy_lane(const Store *a, int64_t lane, int64_t h, int64_t from, int64_t to, int64_t tokens) {
+    for (int64_t index = 0; index < ceil_div(tokens, page_tokens(a, h)); index++) {
+        if (take_page(a, to, lane, index)) return OUT_OF_PAGES;
+        copy_page(a, row_of(a, to, lane)[index], row_of(a, from, lane)[index]);
+    }
+    *length_of(a, to, lane) = (int32_t)tokens;
+    return 0;
+}
+
+/* What a slot holds in a layer, and its account of it, into another slot whose lanes there are empty. */
 int lanes_copy(const Store *a, int64_t layer, int64_t from, int64_t to) {
     for (int64_t h = 0; h < a->per_layer; h++) {
-        const int64_t lane = layer * a->per_layer + h, length = *length_of(a, from, lane);
-        for (int64_t index = 0; index < ceil_div(length, page_tokens(a, h)); index++) {
-            if (take_page(a, to, lane, index)) return OUT_OF_PAGES;
-            copy_page(a, row_of(a, to, lane)[index], row_of(a, from, lane)[index]);
-        }
-        *length_of(a, to, lane) = (int32_t)length;
+        const int64_t lane = layer * a->per_layer + h;
+        if (copy_lane(a, lane, h, from, to, *length_of(a, from, lane))) return OUT_OF_PAGES;
     }
     for (int64_t unit = 0; unit < a->units; unit++)
         a->dropped[(to * a->L + layer) * a->units + unit] = a->dropped[(from * a->L + layer) * a->units + unit];
     a->ends[to * a->L + layer] = a->ends[from * a->L + layer];
+    return 0;
+}
+
+/* The same of what a slot held after its first `tokens` tokens, in a layer where what is stored stays, in the order in which it
+ * came, and what is not (a token that the layer did not run on) counts as dropped by itself. */
+int lanes_copy_begin(const Store *a, int64_t layer, int64_t from, int64_t to, int64_t tokens) {
+    a->ends[to * a->L + layer] = 0;
+    for (int64_t h = 0; h < a->per_layer; h++) {
+        const int64_t unit = a->units == 1 ? 0 : h % a->H, owner = layer * a->per_layer + unit;
+        const int64_t held = *length_of(a, from, owner);
+        int64_t n = 0, ends = tokens * (tokens + 1) / 2;
+        for (; n < held; n++) {
+            const int32_t position = a->pos[row_of(a, from, owner)[n / a->N] * a->N + n % a->N];
+            if (position >= tokens) break;
+            ends -= position + 1;
+        }
+        if (copy_lane(a, layer * a->per_layer + h, h, from, to, n)) return OUT_OF_PAGES;
+        if (h >= a->units) continue;
+        a->dropped[(to * a->L + layer) * a->units + unit] = (int32_t)(tokens - n);
+        a->ends[to * a->L + layer] += ends;
+    }
     return 0;
 }
 

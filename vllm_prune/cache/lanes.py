@@ -174,16 +174,21 @@ class LaneStore:
             a.spared[slot, begin:end] = 1
         a.n_spared[slot] = a.spared[slot].sum()
 
-    def copy(self, origin: str, to: str, layer: int | None = None) -> None:
-        """What one entry holds, into the pages of another that holds nothing yet: in one layer, or in all. What is recorded of
-        its drops there goes along."""
+    def copy(self, origin: str, to: str, layer: int | None = None, begin: int | None = None) -> None:
+        """What one entry holds, into the pages of another that holds nothing yet: in one layer, or in all. ``begin``: what it
+        held after so many tokens, where what is stored stays. What is recorded of its drops there goes along."""
         layers = range(self.geometry.num_layers) if layer is None else (layer,)
+        slots = self.slots[origin].slot, self.slots[to].slot
         for at in layers:
-            check(lib.lanes_copy(self.lanes.ref, at, self.slots[origin].slot, self.slots[to].slot))
+            if begin is None:
+                check(lib.lanes_copy(self.lanes.ref, at, *slots))
+            else:
+                check(lib.lanes_copy_begin(self.lanes.ref, at, *slots, begin))
         if self.record:
             self.take_events()
             mine, theirs = (self.events[(name, self.slots[name].epoch)] for name in (to, origin))
-            mine += [rows[np.isin(rows[:, 0] // self.units, layers)] for rows in theirs]
+            found = [rows[np.isin(rows[:, 0] // self.units, layers)] for rows in theirs]
+            mine += found if begin is None else [rows[rows[:, 1] < begin] for rows in found]
 
     # After a step ------------------------------------------------------------------------------------------------
 

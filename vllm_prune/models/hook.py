@@ -105,7 +105,7 @@ def check_pressure(vllm_config: VllmConfig, section: DropGateConfig, served: Ser
 def no_prefixes(served: ServedGate, options: dict[str, Any]) -> str | None:
     """Why what gates leave of a prompt's beginning cannot serve another request; None where it can."""
     if not served.leaves_prefixes:
-        return "with these gates what is left of a prompt's beginning hangs on what follows it, or does not lie in its lanes"
+        return "with these gates what is left of a prompt's beginning hangs on what follows it"
     if pressure_options(options) is not None:
         return "with the option pressure it hangs on how full the pool was"
     return None

@@ -335,3 +335,39 @@ def test_a_missing_compiled_part_says_so(monkeypatch):
     monkeypatch.setattr(lane_ops, "find_spec", lambda name: SimpleNamespace(origin=None))
     with pytest.raises(ImportError, match="compiled part is missing"):
         lane_ops._load()
+
+
+@pytest.mark.parametrize("begin", [1, 31, 32, 33, 64, 70, 96])
+def test_what_a_lane_that_only_grows_held_after_some_tokens(begin):
+    """A copy of it is what somebody holds who computed no more than these; layer 1 does not run on every third token."""
+
+    def compute(store: LaneStore, name: str, tokens: int) -> None:
+        for at in range(tokens):
+            for layer in range(L):
+                if layer == 1 and at % 3 == 1:
+                    skip(store, layer, [store.slots[name].slot], [at])
+                else:
+                    one(store, name, layer, at)
+
+    store, short = store_of(record=True), store_of(record=True)
+    for one_store, name, block in ((store, "a", 1), (short, "b", 1)):
+        one_store.update(name, 1, list(range(block, block + 4)))
+    compute(store, "a", 96)
+    compute(short, "b", begin)
+    store.update("b", 1, [5, 6, 7, 8])
+    store.copy("a", "b", begin=begin)
+    said, want = store.report({"b": begin})["b"], short.report({"b": begin})["b"]
+    assert said == want and want.dropped == (begin + 1) // 3 and want.held == 3 * begin - want.dropped
+    for layer in range(L):
+        for head in range(H):
+            assert lane(store, "b", layer, head) == lane(short, "b", layer, head)
+    np.testing.assert_array_equal(store.expiries("b", begin), short.expiries("b", begin))
+
+
+def one(store: LaneStore, name: str, layer: int, at: int) -> None:
+    """A token of one layer; its key is its position."""
+    key = torch.full((1, H, D), float(at))
+    tokens, slot = Tokens().point(key, key, None), store.slots[name].slot
+    past, chunk = np.full((1, 400), NEVER, np.int32), np.full((1, 1), NEVER, np.int32)
+    args = (store.lanes.ref, slot, layer, at, at, 0, 1, tokens, past.ctypes.data, 400, chunk.ctypes.data)
+    check(lib.steps_settle_chunk(*args))
