@@ -121,7 +121,7 @@ def three(folders: Any, blocks: int, longest: int, budget: int) -> dict[str, Eng
 def main() -> None:
     args = arguments("Prefix caching of compressed state against stock vLLM's.")
     started = time.perf_counter()
-    length, people, rounds, many = (1024, 6, 4, 12) if args.quick else (2048, 12, 10, 40)
+    length, people, rounds, many = (1024, 6, 4, 12) if args.quick else (2048, 12, 10, 24)
     grown = length // 2 + rounds * 96
     # Stock can hold the histories of half of the conversations.
     blocks, scarce = 3 * length // 32 + 32, people * grown // 2 // 32 + 1
