@@ -10,7 +10,7 @@ from vllm.v1.core.block_pool import BlockPool
 
 from vllm_prune.cache.geometry import LaneGeometry
 from vllm_prune.cache.grants import GrantLog
-from vllm_prune.cache.manager import PruneManager
+from vllm_prune.cache.manager import LONGEST_WAIT, PruneManager
 from vllm_prune.cache.snapshots import Snapshots
 from vllm_prune.cache.spec import PruneSpec
 
@@ -163,3 +163,13 @@ def test_starting_from_a_snapshot():
     assert bare.manager.grants["b"].report.covered == 320 and bare.pool.get_num_free_blocks() == 29 - 4
     bare.manager.add_local_computed_blocks("b", [], 0, 0)
     assert bare.grant("b", 352) == 5 == bare.manager.grants["b"].live and bare.grant("b", 352) == 0
+
+
+def test_waiting_for_a_report_has_an_end():
+    bare = Bare(blocks=8)
+    bare.grant("a", 128)
+    bare.manager.grants["a"].told = 128
+    assert bare.asks("a", 256) > bare.pool.get_num_free_blocks()
+    assert [bare.manager.waits_for_report() for _ in range(LONGEST_WAIT + 2)] == [True] * LONGEST_WAIT + [False] * 2
+    bare.hears("a", covered=64, pages=(12, 12, 12), keep=4)
+    assert bare.asks("a", 256) > bare.pool.get_num_free_blocks() and bare.manager.waits_for_report(), "it counts anew"
