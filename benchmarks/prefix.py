@@ -134,7 +134,7 @@ def main() -> None:
         say(result["prefixes_in_little_room"])
         for engine in engines.values():
             engine.close()
-        engines = three(folders, many * length // 32, length + 64, 512)
+        engines = three(folders, many * length // 32, length + 128, 512)
         result["prefixes"] = both(engines, length, 5 * many + 5)
         say(result["prefixes"])
         result["shared"] = {name: shared(engine, people, length, 64, 32, 3) for name, engine in engines.items()}
