@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-from mixed_load import draw_lengths, draw_tokens
+from mixed_load import draw_lengths, draw_prompt
 from serving import Events
 
 BAD = 100
@@ -34,11 +34,10 @@ class Asked:
 
     @classmethod
     def draw(cls, rng: random.Random, longest: int, vocab: int, gated: bool, beginnings: list[list[int]]) -> Asked:
-        """``beginnings``: of prompts; every other one has one of them, as far as it goes."""
+        """``beginnings``: see ``draw_prompt``."""
         length, most = draw_lengths(rng, longest)
         wish = rng.choice(STRENGTHS) if gated else {}
-        begin = rng.choice(beginnings)[:length] if rng.random() < 0.5 else []
-        return cls(begin + draw_tokens(rng, length - len(begin), vocab), most, wish, rng.random() >= SAMPLED)
+        return cls(draw_prompt(rng, length, vocab, beginnings), most, wish, rng.random() >= SAMPLED)
 
     def strength(self, usual: float) -> float:
         return 0.0 if "prune.off" in self.wish else float(self.wish.get("prune.strength", usual))

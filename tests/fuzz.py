@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,10 +10,10 @@ from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from support import FULL
 
 from vllm_prune.errors import PruneError
 
-FULL = os.environ.get("VLLM_PRUNE_FULL") == "1"
 SECONDS = 5.0
 """Of the processor that a reader may take for one input; most take milliseconds. What waits for ever meets pytest's timeout."""
 

@@ -14,3 +14,9 @@ def draw_lengths(rng: random.Random, longest: int) -> tuple[int, int]:
 def draw_tokens(rng: random.Random, count: int, vocab: int) -> list[int]:
     """Any tokens but the three special ones of ``support.tiny_config``."""
     return [rng.randrange(3, vocab) for _ in range(count)]
+
+
+def draw_prompt(rng: random.Random, length: int, vocab: int, beginnings: list[list[int]]) -> list[int]:
+    """Every other one has one of the beginnings, as far as it goes."""
+    begin = rng.choice(beginnings)[:length] if rng.random() < 0.5 else []
+    return begin + draw_tokens(rng, length - len(begin), vocab)

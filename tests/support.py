@@ -21,6 +21,8 @@ from vllm_prune.gates import GATES, ACCGate, DCPGate, DMSGate, FTPGate, Gate, Ga
 from vllm_prune.gates.ftp import share_router
 
 VOCAB = 512
+FULL = os.environ.get("VLLM_PRUNE_FULL") == "1"
+"""Every shape of every test, and fresh random inputs: hours."""
 
 
 def own_process(file: Path, timeout: int) -> None:

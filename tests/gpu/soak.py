@@ -38,15 +38,14 @@ class Load:
         self.sample: list[Any] = []
 
     def arrive(self) -> None:
-        from mixed_load import draw_lengths, draw_tokens
+        from mixed_load import draw_lengths, draw_prompt, draw_tokens
         from vllm import SamplingParams
 
         length, most = draw_lengths(self.rng, LONGEST)
         if self.number % 50 == 0:
             first = draw_tokens(self.rng, 400, self.vocab)
             self.beginnings = [first, first[:150] + draw_tokens(self.rng, 300, self.vocab)]
-        begin = self.rng.choice(self.beginnings)[:length] if self.rng.random() < 0.5 else []
-        ids = begin + draw_tokens(self.rng, length - len(begin), self.vocab)
+        ids = draw_prompt(self.rng, length, self.vocab, self.beginnings)
         params = SamplingParams(temperature=0, max_tokens=most, ignore_eos=True, detokenize=False)
         name, self.number = f"r{self.number}", self.number + 1
         self.core.add_request(name, {"prompt_token_ids": ids}, params)

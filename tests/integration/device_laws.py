@@ -5,11 +5,20 @@ Collected by ``test_device_path.py`` alone, in a process of its own: the interpr
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-from support import engine, generate, pool_is_whole, preempted, prompts, save_gated, state_of, tiny_config, token_ids
+from support import (
+    FULL,
+    engine,
+    generate,
+    pool_is_whole,
+    preempted,
+    prompts,
+    save_gated,
+    state_of,
+    tiny_config,
+    token_ids,
+)
 from test_law2_drop_sets import METHODS, RECORD, check
 from test_prefix_caching import all_ended, ask, same
 from test_pressure import check_pressure, options
@@ -30,7 +39,6 @@ SMALL = {} if torch.cuda.is_available() else {
 }  # fmt: skip
 """The interpreter copies every tensor that a kernel is given."""
 ON_GPU = ("dcp", "dcp_kv_head", "dms", "window", "random")
-FULL = os.environ.get("VLLM_PRUNE_FULL") == "1"
 SHORT = ON_GPU if FULL else ON_GPU[:1]
 """Under the interpreter, a minute each; the kernels of the others are compared with their twins in any case."""
 

@@ -6,12 +6,12 @@ of 8 mixed lengths, in each engine; VLLM_PRUNE_FULL=1 takes every shape of every
 
 from __future__ import annotations
 
-import os
 from functools import cache
 
 import pytest
 from support import (
     EXACT,
+    FULL,
     engine,
     generate,
     pool_is_whole,
@@ -26,7 +26,6 @@ from support import (
 FAMILIES = ("qwen3", "llama", "generic")
 SHAPES = [(64, 1), (64, 2), (64, 8), (128, 1), (128, 2), (128, 8)]
 FEW = {"qwen3": [(64, 1), (128, 8)], "llama": [(64, 1)], "generic": [(128, 8)]}
-FULL = os.environ.get("VLLM_PRUNE_FULL") == "1"
 EAGER = [(family, *shape) for family in FAMILIES for shape in (SHAPES if FULL else FEW[family])]
 BOUNDARY = {"ltp": {"theta": 1e-6}, "acc": {"least": 1.0}}
 """LTP runs its second pass and drops nothing; a budget of everything is not even counted."""

@@ -6,13 +6,13 @@ chosen such that none does, and the comparison is exact.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from support import (
+    FULL,
     RECORD,
     engine,
     generate,
@@ -103,7 +103,7 @@ COMPILED = ("dcp", "dms", "ftp")
 
 def test_drop_sets(gated):
     method = gated.name.rstrip("0123456789")
-    in_every_way(gated, enforce_eager=method not in COMPILED and os.environ.get("VLLM_PRUNE_FULL") != "1")
+    in_every_way(gated, enforce_eager=method not in COMPILED and not FULL)
 
 
 def test_eager(tmp_path):

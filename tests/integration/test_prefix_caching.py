@@ -5,12 +5,12 @@ float32 models, as in ``test_law2_drop_sets``. Cold runs are on the same engine,
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
 import pytest
 from support import (
+    FULL,
     RECORD,
     engine,
     pool_is_whole,
@@ -28,7 +28,6 @@ from vllm import SamplingParams
 
 from vllm_prune.gates import GATES, by_token
 
-FULL = os.environ.get("VLLM_PRUNE_FULL") == "1"
 HELD = ("dcp", "dcp_kv_head", "dms", "acc", "ftp", *(("window", "random", "ltp", "shadow_token") if FULL else ()))
 """Methods with which prefixes are held; the last four decide at write and at boundaries, like others, or drop nothing."""
 PARAMS = {**METHODS, "shadow_token": {**METHODS["shadow"], "neurons": 192, "neuron_hidden": 24, "closed_neurons": 0.5}}

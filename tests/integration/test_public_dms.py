@@ -4,19 +4,29 @@ once more in ``public_checkpoints.published``), and what the trainer's twin drop
 from __future__ import annotations
 
 import json
-import os
 
 import numpy as np
 import pytest
 import torch
 from public_checkpoints import LAYERS, SAVED, WINDOW, edit, published
-from support import RECORD, VOCAB, engine, generate, pool_is_whole, preempted, prompts, recorded, scheduler_of, state_of
+from support import (
+    FULL,
+    RECORD,
+    VOCAB,
+    engine,
+    generate,
+    pool_is_whole,
+    preempted,
+    prompts,
+    recorded,
+    scheduler_of,
+    state_of,
+)
 from test_law2_drop_sets import check
 from vllm_prune_training.masked import load_gated
 
 from vllm_prune.gates import NEVER
 
-FULL = os.environ.get("VLLM_PRUNE_FULL") == "1"
 OFTEN = ("nvidia", "fastdms")
 
 

@@ -6,7 +6,6 @@ in the test's own process.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import (
+    FULL,
     RECORD,
     engine,
     expiries_on,
@@ -40,7 +40,7 @@ TOKENS = 24
 GATES: dict[str, dict[str, Any]] = {
     "dcp": {"beta": 3.6},
     "dcp_kv_head": {"beta": 2.0, "scope": "kv_head"},
-    **({"dms": {"delay": 8}} if os.environ.get("VLLM_PRUNE_FULL") == "1" else {}),  # by head, as dcp_kv_head
+    **({"dms": {"delay": 8}} if FULL else {}),  # by head, as dcp_kv_head
 }
 KEYS = ("tokens", "keys_held", "keys_dropped", "kept_fraction", "kept_fraction_least_layer", "kept_pairs")
 """Of what rides on a response, what does not hang on how lanes are packed into blocks."""

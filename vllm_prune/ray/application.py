@@ -87,4 +87,4 @@ def application(config: RayServeConfig) -> Application:
         ray_actor_options={"num_cpus": config.cpus_per_ingress},
         graceful_shutdown_timeout_s=config.drain_s,
     )
-    return ingress.bind(engine.bind(fixed), config.retries)
+    return ingress.bind(engine.bind(fixed), config.retries, bool(config.prefix_routing))

@@ -36,11 +36,12 @@ class Ingress:
     Args:
         engine: of the engine replicas.
         retries: see ``RayServeConfig``.
+        by_prefix: whether Ray's router for prefixes chooses the replica.
     """
 
-    def __init__(self, engine: DeploymentHandle, retries: int) -> None:
+    def __init__(self, engine: DeploymentHandle, retries: int, by_prefix: bool = False) -> None:
         self._engine = engine.options(method_name="answer", stream=True)
-        self._retries = retries
+        self._retries, self._by_prefix = retries, by_prefix
 
     @api.get("/metrics")
     async def metrics(self) -> Response:
@@ -53,10 +54,11 @@ class Ingress:
             request.method, "/" + path, request.scope["query_string"],
             [(bytes(name), bytes(value)) for name, value in request.headers.raw], await request.body(),
         )  # fmt: skip
+        # That router divides by the length of a positional argument's prompt: where there is none it must not look.
+        unlooked = self._by_prefix and not call.prompt
         lost = ""
         for _ in range(1 + self._retries):
-            # Ray's router for prefixes divides by the length of a positional argument's prompt.
-            pieces: Any = self._engine.remote(call) if call.prompt else self._engine.remote(call=call)
+            pieces: Any = self._engine.remote(call=call) if unlooked else self._engine.remote(call)
             try:
                 opening = await anext(aiter(pieces))
             except DIED:

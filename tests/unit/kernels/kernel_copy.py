@@ -11,7 +11,7 @@ from vllm_prune_kernels.lanes import NEVER
 from vllm_prune_kernels.rows import Rows, parts_of
 
 
-def step(pools, tokens, inputs, origin=None, cuts=(), made=None):
+def step(pools, tokens, inputs, origin=None, cuts=()):
     """One step of all pools. ``origin``: slots that begin with another's lanes; ``cuts``: (position, slot, snapshot) of rows."""
     said = []
     for pool in pools:

@@ -128,3 +128,25 @@ def test_a_client_that_leaves() -> None:
 
     asyncio.run(run())
     assert handle.given[0].cancelled
+
+
+@pytest.mark.parametrize(
+    ("body", "by_prefix", "shown"), [(b'{"prompt": "a"}', True, True), (b"{}", True, False), (b"{}", False, True)]
+)
+def test_rays_router_for_prefixes_is_shown_prompts_alone(body: bytes, by_prefix: bool, shown: bool) -> None:
+    """It looks at positional arguments, and divides by the length of what they have."""
+
+    class Looking(Handle):
+        positional = 0
+
+        def remote(self, *looked_at: Call, **others: Call) -> Pieces:
+            self.positional += len(looked_at)
+            return super().remote(*looked_at, **others)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    handle = Looking([Opening(200, JSON, b"{}")])
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": []}
+    asyncio.run(Ingress(handle, 0, by_prefix).forward("v1/completions", Request(scope, receive)))  # type: ignore[arg-type]
+    assert handle.positional == shown and handle.calls[0].body == body
