@@ -7,7 +7,8 @@ over that of stock's hit (``hit``) and of the plugin without caching (``cold``).
 still held after all were served, in a pool in which stock vLLM can hold many of them, and (``prefixes_in_little_room``) in one
 for a few, where the dense room that a prompt takes while it is computed is a large part. ``turns``: conversations that each come
 back with their whole history and some more; the pool has room for a part of them, so that somebody's history is lost between
-turns. ``shared``: many at once with one system prompt, in ample room.
+turns. ``shared``: many with one system prompt that is new, in ample room; all at once, and one after another
+(``shared_one_by_one``). ``spaced`` is the plugin with snapshots at chunk borders (``snapshot_spacing``).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from common import Engine, Shape, arguments, frame, publish, say, spread, temporary_models
@@ -76,46 +78,54 @@ def prefixes(engine: Engine, length: int, count: int) -> dict[str, Any]:
 
 
 def both(engines: dict[str, Engine], length: int, count: int) -> dict[str, Any]:
-    found: dict[str, Any] = {name: prefixes(engines[name], length, count) for name in ("stock", "plugin")}
+    names = [name for name in engines if name != "plugin_without"]
+    found: dict[str, Any] = {name: prefixes(engines[name], length, count) for name in names}
     return {**found, "over_stock": found["plugin"]["held"] / found["stock"]["held"]}
 
 
-def turns(engine: Engine, people: int, length: int, said: int, answer: int, rounds: int) -> dict[str, Any]:
+def served(engine: Engine, batches: Iterable[list[list[int]]], answer: int, tag: str) -> dict[str, Any]:
+    """One batch of prompts after another: tokens, of these from a cache, and tokens a second."""
+    seconds = cached = asked = answered = 0.0
+    for turn, batch in enumerate(batches):
+        took, outputs = ask(engine, batch, answer, f"{tag}{turn}_")
+        seconds += took
+        cached += sum(output.num_cached_tokens for output in outputs)
+        asked += sum(map(len, batch))
+        answered += len(batch) * answer
+    return {"prompt_tokens": asked, "cached_tokens": cached, "seconds": seconds,
+            "tokens_per_second": (asked + answered) / seconds}  # fmt: skip
+
+
+def turns(people: int, length: int, said: int, answer: int, rounds: int) -> Iterator[list[list[int]]]:
     """``people`` conversations, all at once in each turn; answers are made up, so that all engines see the same prompts."""
     rng = random.Random(3)
     history = [drawn(rng, length) for _ in range(people)]
-    seconds = cached = asked = 0.0
-    for turn in range(rounds):
-        took, outputs = ask(engine, history, answer, f"t{turn}_")
-        seconds += took
-        cached += sum(output.num_cached_tokens for output in outputs)
-        asked += sum(map(len, history))
+    for _ in range(rounds):
+        yield history
         history = [ids + drawn(rng, answer + said) for ids in history]
-    return {"people": people, "turns": rounds, "first_prompt": length, "prompt_tokens": asked, "cached_tokens": cached,
-            "seconds": seconds, "tokens_per_second": (asked + people * rounds * answer) / seconds}  # fmt: skip
 
 
-def shared(engine: Engine, people: int, length: int, said: int, answer: int, rounds: int) -> dict[str, Any]:
-    """In each round a system prompt that nobody has seen, and ``people`` who come with it at the same time."""
+def shared(people: int, length: int, said: int, rounds: int, at_once: bool) -> Iterator[list[list[int]]]:
+    """In each round a system prompt that nobody has seen, and ``people`` who come with it, at the same time or one by one."""
     rng = random.Random(4)
-    seconds = cached = asked = 0.0
-    for turn in range(rounds):
+    for _ in range(rounds):
         system = drawn(rng, length)
-        took, outputs = ask(engine, [system + drawn(rng, said) for _ in range(people)], answer, f"s{turn}_")
-        seconds += took
-        cached += sum(output.num_cached_tokens for output in outputs)
-        asked += people * (length + said)
-    return {"people": people, "rounds": rounds, "system_prompt": length, "prompt_tokens": asked, "cached_tokens": cached,
-            "seconds": seconds, "tokens_per_second": (asked + people * rounds * answer) / seconds}  # fmt: skip
+        prompts = [system + drawn(rng, said) for _ in range(people)]
+        yield from [prompts] if at_once else [[prompt] for prompt in prompts]
 
 
-def three(folders: Any, blocks: int, longest: int, budget: int) -> dict[str, Engine]:
+def some(folders: Any, blocks: int, longest: int, budget: int, spaced: bool = False) -> dict[str, Engine]:
+    """Engines of equal pools. ``spaced``: also one that holds prompts at the borders of its chunks."""
     options = {"max_model_len": longest, "max_num_seqs": 32, "max_num_batched_tokens": budget}
-    return {
+    found = {
         "stock": Engine(folders[0], SHAPE, blocks, enable_prefix_caching=True, **options),
         "plugin": Engine(folders[1], SHAPE, blocks, enable_prefix_caching=True, **options),
         "plugin_without": Engine(folders[1], SHAPE, blocks, **options),
     }
+    if spaced:
+        held = {"additional_config": {"vllm_prune": {"snapshot_spacing": budget}}}
+        found["plugin_spaced"] = Engine(folders[1], SHAPE, blocks, enable_prefix_caching=True, **options, **held)
+    return found
 
 
 def main() -> None:
@@ -127,29 +137,38 @@ def main() -> None:
     blocks, scarce = 3 * length // 32 + 32, people * grown // 2 // 32 + 1
     result: dict[str, Any] = {"benchmark": "prefix"}
     with temporary_models(SHAPE, KEEP, RANK) as folders:
-        engines = three(folders, blocks, length + 64, 512)
+        engines = some(folders, blocks, length + 64, 512)
         result["first_token"] = first_token(engines, length, 3 if args.quick else 9)
         say(result["first_token"])
         result["prefixes_in_little_room"] = both(engines, length // 2, 4 * blocks * 64 // length)
         say(result["prefixes_in_little_room"])
         for engine in engines.values():
             engine.close()
-        engines = three(folders, many * length // 32, length + 128, 512)
+        engines = some(folders, many * length // 32, length + 128, 512, spaced=True)
         result["prefixes"] = both(engines, length, 5 * many + 5)
         say(result["prefixes"])
-        result["shared"] = {name: shared(engine, people, length, 64, 32, 3) for name, engine in engines.items()}
-        say(result["shared"])
+        for load, at_once in (("shared", True), ("shared_one_by_one", False)):
+            result[load] = {"people": people, "rounds": 3, "system_prompt": length} | {
+                name: served(engine, shared(people, length, 64, 3, at_once), 32, load)
+                for name, engine in engines.items()
+            }
+            say(result[load])
         for engine in engines.values():
             engine.close()
-        engines = three(folders, scarce, grown + 128, 512)
-        result["turns"] = {name: turns(engine, people, length // 2, 64, 32, rounds) for name, engine in engines.items()}
+        engines = some(folders, scarce, grown + 128, 512)
+        result["turns"] = {"people": people, "turns": rounds, "first_prompt": length // 2} | {
+            name: served(engine, turns(people, length // 2, 64, 32, rounds), 32, "t")
+            for name, engine in engines.items()
+        }
         say(result["turns"])
         for engine in engines.values():
             engine.close()
     over = {
-        f"{load}_over_{other}": result[load]["plugin"]["tokens_per_second"] / result[load][name]["tokens_per_second"]
-        for load in ("turns", "shared")
-        for other, name in (("stock", "stock"), ("without", "plugin_without"))
+        f"{load}_{name}_over_stock".replace("_plugin", ""): result[load][name]["tokens_per_second"]
+        / result[load]["stock"]["tokens_per_second"]
+        for load in ("turns", "shared", "shared_one_by_one")
+        for name in result[load]
+        if name.startswith("plugin")
     }
     result = {
         "prefixes_over_stock": result["prefixes"]["over_stock"],

@@ -77,7 +77,7 @@ class CountingWorker:
             RuntimeError: a request was granted less than it may need.
         """
         from vllm_prune.attention.step_state import StepState
-        from vllm_prune.connector import PruneReports
+        from vllm_prune.messages import PruneReports
 
         for name in meta.ended:
             self.lives.pop(name, None)

@@ -7,24 +7,24 @@ sums up each request. Worker side: applies them to the lane store before a step,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
-    KVConnectorWorkerMetadata,
     SupportsHMA,
 )
 
 from vllm_prune.attention.serving import ServedGate
 from vllm_prune.cache.grants import GrantLog, LaneReport
+from vllm_prune.cache.partings import Partings
 from vllm_prune.cache.snapshots import MOST, MOST_ON_GPU, SnapshotOrder, Snapshots
 from vllm_prune.chat import Markers, Span
 from vllm_prune.config import served_section, server_options
 from vllm_prune.gates import Reveal
 from vllm_prune.lifetimes import Lifetimes
+from vllm_prune.messages import LATE, PruneMetadata, PruneReports, StepGrant
 from vllm_prune.metrics import PruneMetrics, PruneStats, kept_fractions
 from vllm_prune.pressure import LEVELS, Applied, Pressure, pressure_options
 from vllm_prune.protect import Protect
@@ -40,65 +40,6 @@ if TYPE_CHECKING:
 
     from vllm_prune.attention.step_state import StepState
     from vllm_prune.cache.manager import PruneManager
-
-LATE = 2
-"""Steps after which a worker on a GPU hands a report over at the latest: it is copied without waiting for it."""
-
-
-@dataclass
-class StepGrant:
-    """One scheduled request of a step: the grants the worker has not seen, and how far the step takes it.
-
-    Attributes:
-        epoch: of its grant log.
-        new_blocks: block ids, in log order.
-        tokens: of the step.
-        covered: tokens computed once the step is done.
-        remaining: tokens known to follow (the rest of a prompt, or of what a preempted request had generated).
-        last: the request ends with this step (its token limit), so it needs no room beyond.
-        in_flight: tokens that may be scheduled before this step's report is read (0 without asynchronous scheduling).
-        prompt: P, tokens of the request's own prompt, whatever was generated and is computed again.
-        strength: of the gates for this request in this step.
-        spared: positions [begin, end) whose keys no gate may drop, with the first step of each life of the request.
-        map: the request asked for its map.
-        start: snapshot whose lanes the request starts from; snapshots: to make of it in this step, by position.
-    """
-
-    epoch: int
-    new_blocks: list[int]
-    tokens: int
-    covered: int
-    remaining: int
-    last: bool
-    in_flight: int
-    prompt: int
-    strength: float
-    spared: Sequence[tuple[int, int]] = ()
-    map: bool = False
-    start: str | None = None
-    snapshots: Sequence[SnapshotOrder] = ()
-
-
-@dataclass
-class PruneMetadata(KVConnectorMetadata):
-    """Scheduler to worker, one a step. ``ended``: ids whose life is over (finished, aborted or preempted); ``gone``:
-    snapshots of which this is so."""
-
-    ended: list[str] = field(default_factory=list)
-    gone: list[str] = field(default_factory=list)
-    grants: dict[str, StepGrant] = field(default_factory=dict)
-
-
-@dataclass
-class PruneReports(KVConnectorWorkerMetadata):
-    """Worker to scheduler, one a step, by the first rank for all. Each request's reports in the order of steps: a GPU's come
-    when they are ready, and what one gives back the next does not repeat."""
-
-    reports: dict[str, list[LaneReport]] = field(default_factory=dict)
-
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> PruneReports:
-        """Never called by vLLM: ranks have agreed before the first one speaks for all (``cache/ranks.py``)."""
-        raise ValueError("vllm-prune: a second rank reports")
 
 
 class PruneConnector(KVConnectorBase_V1, SupportsHMA):
@@ -127,7 +68,6 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
         self._doomed: set[int] = set()
         self._prefixes = bool(vllm_config.cache_config.enable_prefix_caching)
         self._snapshots: Snapshots | None = None
-        self._leave: dict[str, list[int]] = {}
         self._chunk = vllm_config.scheduler_config.max_num_batched_tokens
         self._on_gpu = vllm_config.device_config.device_type == "cuda"
         late = LATE if self._on_gpu else 0
@@ -153,14 +93,18 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
         if self._prefixes:
             pool, most = kv_cache_manager.block_pool, MOST_ON_GPU if self._on_gpu else MOST
             self._snapshots = manager.snapshots = Snapshots(pool, manager.geometry, most)
+            spacing = server_options(self._vllm_config).get("snapshot_spacing", 0)
+            self._partings = Partings(manager.geometry.block_tokens, spacing)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Tokens of a waiting request whose lanes are held, by a snapshot of ours."""
+        """Tokens of a waiting request whose lanes are held, by a snapshot of ours; None: ask again in the next step."""
         assert self._manager is not None
         self._manager.starting.pop(request.request_id, None)
         if self._snapshots is None or request.skip_reading_prefix_cache:
             return 0, False
         found = self._snapshots.find(request, *self._treatment(request))
+        if self._soon(request, 0 if found is None else found.tokens):
+            return None, False
         usable = self._manager.block_pool.num_gpu_blocks - 1
         if found is None or self._manager.blocks_to_start(found, request.num_tokens) > usable:
             return 0, False  # there is none, or the pool could never hold both
@@ -171,12 +115,25 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
         """A request was admitted, from a snapshot or from its first token. vLLM's figures of its prefix cache count both."""
         if self._snapshots is None:
             return
-        prompt = self._prompts.setdefault(request.request_id, request.num_prompt_tokens)
-        ahead = self._snapshots.positions(request, prompt)
-        self._leave[request.request_id] = [at for at in ahead if at > num_external_tokens]
+        self._partings.starts(request.request_id, num_external_tokens)
         stats = self._cache.prefix_cache_stats
         if num_external_tokens and stats is not None and not request.num_preemptions:
             stats.hits += num_external_tokens
+
+    def _soon(self, request: Request, held: int) -> bool:
+        """Whether a waiting request should wait for a longer prefix, which spares it half of its tokens at least: somebody who
+        runs has still to come by its end, and will before this request could; or the worker is about to report it."""
+        behind = self._partings.behind(request.request_id)
+        if behind is None or 2 * (behind[1] - held) < request.num_tokens - held:
+            return False
+        assert self._snapshots is not None and self._manager is not None
+        first, at, to_come = behind
+        blocks, snapshots = at // self._snapshots.block_tokens, self._snapshots
+        prefix = snapshots.prefix(request, blocks, *self._treatment(request))
+        if to_come and first in self._manager.grants:
+            other = self._requests[first]
+            return snapshots.prefix(other, blocks, *self._treatment(other)) == prefix
+        return snapshots.being_made(prefix) and self._partings.may_wait(request.request_id)
 
     def _treatment(self, request: Request) -> tuple[float, Sequence[Span]]:
         """What of a request decides what is left of its tokens: strength, and spared positions."""
@@ -199,6 +156,8 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
             self._lifetimes[request.request_id] = Lifetimes.of(
                 self._section, self._manager.kv_cache_spec.eviction_units
             )
+        if self._snapshots is not None:
+            self._partings.arrives(request)
         if gates.strength != self._section.strength and not self._dense:
             self._manager.expected_keep[request.request_id] = gates.expected_keep
 
@@ -242,14 +201,10 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _snapshots_of(self, request: Request, grants: GrantLog, before: int, covered: int) -> Sequence[SnapshotOrder]:
         """Those that a request leaves in a step that takes it from ``before`` tokens to ``covered``."""
-        waiting = self._leave.get(request.request_id)
-        if not waiting or waiting[0] > covered:
+        if self._snapshots is None:
             return ()
-        assert self._snapshots is not None
-        self._leave[request.request_id] = [at for at in waiting if at > covered]
-        # What a session has computed already was left then or never.
-        now = [at for at in waiting if before < at <= covered]
-        made = [self._snapshots.make(request, grants, at, *self._treatment(request)) for at in now]
+        due = self._partings.take(request.request_id, before, covered)
+        made = [self._snapshots.make(request, grants, at, *self._treatment(request)) for at in due]
         return [order for order in made if order is not None]
 
     def _strength(self, request: Request) -> float:
@@ -306,10 +261,12 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         summary = self._summary(request)
         assert self._manager is not None
-        kept = (self._requests, self._prompts, self._gates, self._applied, self._spared, self._lifetimes, self._leave,
+        kept = (self._requests, self._prompts, self._gates, self._applied, self._spared, self._lifetimes,
                 self._manager.expected_keep, self._manager.starting)  # fmt: skip
         for known in kept:
             known.pop(request.request_id, None)
+        if self._snapshots is not None:
+            self._partings.ended(request.request_id)
         return False, summary
 
     def _summary(self, request: Request) -> dict[str, Any] | None:

@@ -283,6 +283,15 @@ OPTIONS: dict[str, tuple[Any, list[str]]] = {
     "strength_nan": ({"strength": math.nan}, ["additional_config.vllm_prune.strength must lie in 0..16, got nan"]),
     "strength_large": ({"strength": 16.5}, ["additional_config.vllm_prune.strength must lie in 0..16, got 16.5"]),
     "maps_number": ({"maps": 1}, ["additional_config.vllm_prune.maps must be true or false, got 1"]),
+    "spacing_negative": (
+        {"snapshot_spacing": -1},
+        [
+            "additional_config.vllm_prune.snapshot_spacing must be a number of tokens, 0 or more, got -1",
+            "0 is for none",
+        ],
+    ),
+    "spacing_share": ({"snapshot_spacing": 0.5}, ["snapshot_spacing must be a number of tokens, 0 or more, got 0.5"]),
+    "spacing_bool": ({"snapshot_spacing": True}, ["snapshot_spacing must be a number of tokens, 0 or more, got True"]),
     "record_number": ({"record": 1}, ["additional_config.vllm_prune.record must be true or false, got 1"]),
 }
 

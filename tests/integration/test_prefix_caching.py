@@ -168,3 +168,25 @@ def test_foreign_state_is_not_read(gated):
         dropped = {output.kv_transfer_params["vllm_prune"]["keys_dropped"] for output in cold}
         assert len(dropped) > 1 or (method == "shadow_token" and dropped == {0})
         all_ended(llm)
+
+
+def at_once(seed: int, tails: int) -> list[dict[str, list[int]]]:
+    """Prompts that share 150 tokens, which nobody has seen."""
+    shared = prompts([150], seed)[0]["prompt_token_ids"]
+    return [
+        {"prompt_token_ids": shared + prompts([9 + 7 * at], seed + at + 1)[0]["prompt_token_ids"]}
+        for at in range(tails)
+    ]
+
+
+def test_many_at_once(gated):
+    """The first of many that come together leaves what they share, whatever the chunks; all others start from there."""
+    with engine(gated, enable_prefix_caching=True, **RECORD) as llm:
+        config = scheduler_of(llm).scheduler_config
+        for seed, chunk in ((300, 0), (400, 48), (500, 130)):
+            config.long_prefill_token_threshold = chunk
+            batch = at_once(seed, 5)
+            hot = ask(llm, batch)
+            assert [output.num_cached_tokens for output in hot] == [0] + [4 * N] * 4
+            same(llm, hot, ask(llm, batch, cold=True))
+        all_ended(llm)

@@ -20,14 +20,14 @@ from vllm_prune_kernels.single import Meeting
 from vllm_prune.attention.serving import knobs_of
 from vllm_prune.attention.step_state import StepState, Told
 from vllm_prune.cache.device_store import DeviceStore, sizes_of
-from vllm_prune.cache.snapshots import MOST_ON_GPU, MOST_PARTS
+from vllm_prune.cache.partings import MOST_PARTS
+from vllm_prune.cache.snapshots import MOST_ON_GPU
 from vllm_prune.cache.spec import PruneSpec
+from vllm_prune.messages import LATE, PruneMetadata
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
-
-    from vllm_prune.connector import PruneMetadata
 
 
 @dataclass
@@ -59,8 +59,6 @@ class DeviceState(StepState):
     store: DeviceStore | None
 
     def __init__(self, vllm_config: VllmConfig, spec: PruneSpec, layer_names: list[str], device: torch.device) -> None:
-        from vllm_prune.connector import LATE
-
         self.device, self.late = device, LATE
         super().__init__(vllm_config, spec, layer_names)
         # Graphs are captured for numbers of rows that may lie above the most requests.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from vllm_prune.attention.some_lanes import LanePlan
-    from vllm_prune.connector import PruneMetadata, StepGrant
+    from vllm_prune.messages import PruneMetadata, StepGrant
 
 
 def each_strength(strengths: np.ndarray) -> list[tuple[float, np.ndarray]]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from vllm_prune.attention.gated import GatedAttention
-    from vllm_prune.connector import PruneMetadata, StepGrant
+    from vllm_prune.messages import PruneMetadata, StepGrant
 
 logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's logger: only that one has a handler
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from vllm_prune.attention.serving import Knobs
-    from vllm_prune.connector import StepGrant
+    from vllm_prune.messages import StepGrant
 
 
 @dataclass

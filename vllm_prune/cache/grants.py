@@ -73,7 +73,6 @@ class GrantLog:
         sent: length of the log that the worker has been told of.
         told: tokens that it has been told to compute.
         report: the worker's last word, if any.
-        known_tokens: tokens known when this life began (prompt, and what a preempted request had generated).
         returned, peak: totals for statistics, in blocks.
     """
 
@@ -83,7 +82,6 @@ class GrantLog:
     sent: int = 0
     told: int = 0
     report: LaneReport | None = None
-    known_tokens: int = 0
     returned: int = 0
     peak: int = 0
 

@@ -29,10 +29,6 @@ MOST = 256
 """Snapshots held or being made at once; each has a slot in the worker's tables, which is address space until it is used."""
 MOST_ON_GPU = 64
 """The same where tables take memory at once."""
-MOST_PARTS = 3
-"""That a request's tokens of a step are cut into: a prompt leaves two snapshots at most (``positions``)."""
-SEEN = 1 << 16
-"""Block hashes of prompts that are remembered, to notice where prompts part."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +97,6 @@ class Snapshots:
         self._held: list[Snapshot] = []
         self._useless: list[KVCacheBlock] = []
         self._gone: list[str] = []
-        self._seen: OrderedDict[bytes, None] = OrderedDict()
         self._numbers = count(1)
         self.made = self.used = self.lost = 0
 
@@ -131,6 +126,11 @@ class Snapshots:
                     return found
         return None
 
+    def being_made(self, prefix: Prefix) -> bool:
+        """Whether it was ordered and the worker has still to report it."""
+        snapshot = self._by_prefix.get(prefix)
+        return snapshot is not None and snapshot.report is None
+
     def hold(self, snapshot: Snapshot) -> None:
         """Its blocks may not be handed out until the step that copies them has been told to the worker (``settle``)."""
         self.pool.touch(snapshot.blocks)
@@ -143,19 +143,6 @@ class Snapshots:
         return sum(block.ref_cnt == 0 for block in snapshot.blocks)
 
     # Making one -----------------------------------------------------------------------------------------------------
-
-    def positions(self, request: Any, prompt: int) -> list[int]:
-        """Where a request that is being admitted should leave snapshots: at the end of its prompt, and where it parts from an
-        earlier prompt. ``prompt``: its tokens."""
-        whole = min((prompt - 1) // self.block_tokens, len(request.block_hashes))
-        hashes = request.block_hashes[:whole]
-        shared = next((n for n in range(whole, 0, -1) if hashes[n - 1] in self._seen), 0)
-        for one in hashes:
-            self._seen[one] = None
-            self._seen.move_to_end(one)
-        while len(self._seen) > SEEN:
-            self._seen.popitem(last=False)
-        return [n * self.block_tokens for n in sorted({shared, whole} - {0})]
 
     def make(
         self, request: Any, grants: GrantLog, tokens: int, strength: float, spared: Sequence[Span]

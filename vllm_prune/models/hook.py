@@ -50,10 +50,12 @@ OP = "vllm_prune::gated_attention"
 
 OPTIONS = {
     "strength": float, "record": bool, "keep": float, "floor": float, "pressure": object, "protect": str, "maps": bool,
+    "snapshot_spacing": int,
 }  # fmt: skip
 """Server options: ``--additional-config '{"vllm_prune": {...}}'``. ``floor``: kept fraction that no request may go below by its
 own wish; ``maps``: requests may ask for their eviction maps (``requests.py``). ``pressure``: strength follows how full the pool
-is (``pressure.py``). ``protect``: what of every prompt is never dropped, unless the request says (``protect.py``)."""
+is (``pressure.py``). ``protect``: what of every prompt is never dropped, unless the request says (``protect.py``).
+``snapshot_spacing``: tokens between the places of a prompt that are held for later ones in any case (``cache/partings.py``)."""
 
 
 def options_of(vllm_config: VllmConfig) -> dict[str, Any]:
@@ -74,6 +76,11 @@ def options_of(vllm_config: VllmConfig) -> dict[str, Any]:
         if OPTIONS[name] is float and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise PruneError(
                 f"additional_config.vllm_prune.{name} must be a number, got {short(value)}.", "Correct it."
+            )
+        if OPTIONS[name] is int and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise PruneError(
+                f"additional_config.vllm_prune.{name} must be a number of tokens, 0 or more, got {short(value)}.",
+                "0 is for none.",
             )
     strength = options.get("strength")
     if strength is not None and not 0.0 <= strength <= MAX_STRENGTH:

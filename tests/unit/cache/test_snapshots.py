@@ -12,7 +12,7 @@ from vllm.v1.core.block_pool import BlockPool
 
 from vllm_prune.cache.geometry import LaneGeometry
 from vllm_prune.cache.grants import GrantLog
-from vllm_prune.cache.snapshots import SEEN, Prefix, Snapshots
+from vllm_prune.cache.snapshots import Prefix, Snapshots
 
 N = 8
 GEOMETRY = LaneGeometry(num_layers=2, num_kv_heads=1, head_size=16, block_tokens=N)
@@ -98,13 +98,15 @@ class Steps:
         assert set(gone) == self.gone and len(gone) == len(self.gone)
         late, told = self.rng.random() < 0.3, self.pinned
         self.gone, self.pinned, self.loose = set(), set(), False
-        for own in self.alive.values():
+        for prefix, own in self.alive.items():
             name, tokens, blocks, epoch, reported = own
             if reported or (late and name in told):
                 continue
             left, free = self.rng.randint(1, len(blocks)), self.pool.get_num_free_blocks()
+            assert self.snapshots.being_made(prefix)
             assert self.snapshots.accept(name, report(epoch=epoch, covered=tokens, keep=left, seen=len(blocks)))
             assert self.pool.get_num_free_blocks() == free, "they were free before"
+            assert not self.snapshots.being_made(prefix)
             own[2:] = [blocks[:left], epoch, True]
             self.loose = self.loose or left < len(blocks)
             self.made += 1
@@ -178,26 +180,6 @@ def test_steps():
             steps.check()
         seen.update(lost=steps.lost, spared=steps.spared, used=steps.used, made=steps.made)
     assert min(seen.values()) > 50, seen
-
-
-def test_where_prompts_part():
-    snapshots = holder()
-    assert snapshots.positions(asked("abba"), 4 * N + 3) == [4 * N], "nobody was here before"
-    assert snapshots.positions(asked("abba"), 4 * N + 3) == [4 * N]
-    assert snapshots.positions(asked("abab"), 4 * N + 3) == [2 * N, 4 * N]
-    assert snapshots.positions(asked("abbb"), 4 * N) == [3 * N], "its last token is computed in any case"
-    assert snapshots.positions(asked("abaa"), 4 * N + 1) == [3 * N, 4 * N]
-    assert snapshots.positions(asked("b", N), N) == [] and snapshots.positions(asked("", 3), 3) == []
-    assert snapshots.positions(asked("ba"), 9 * N) == [2 * N], "no more than is hashed"
-
-
-def test_only_the_latest_prompts_are_remembered(monkeypatch):
-    monkeypatch.setattr("vllm_prune.cache.snapshots.SEEN", 4)
-    snapshots = holder()
-    assert SEEN > 1000
-    for letters in ("aa", "bb", "aa", "ccc"):
-        snapshots.positions(asked(letters), len(letters) * N + 1)
-    assert list(snapshots._seen) == [b"aa", b"c", b"cc", b"ccc"]
 
 
 def test_the_least_recently_used_goes_first():
