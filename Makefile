@@ -113,10 +113,11 @@ claims: $(STAMP)
 # All but torch as locked, files by their hashes; then torch, from its CPU build where one is offered, by its version. (The lock
 # has what torch asks for, but for CUDA's libraries.) vLLM's CPU build comes without the requirements that have none.
 SOURCES := $(wildcard vllm_prune/*/*.c vllm_prune/*/*.h)
+# Python compiles the fifth of these files that is ever imported by itself: to compile all of them takes a minute.
 $(STAMP): requirements/ci.lock requirements/vllm-meta/pyproject.toml pyproject.toml $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --require-hashes --no-deps -r requirements/ci.lock
-	$(BIN)/python -m pip install -q torch==2.13.0
+	$(BIN)/python -m pip install -q --no-compile --require-hashes --no-deps -r requirements/ci.lock
+	$(BIN)/python -m pip install -q --no-compile torch==2.13.0
 	$(BIN)/python -m pip install -q --no-build-isolation --no-deps ./requirements/vllm-meta
 	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
 	touch $@

@@ -38,9 +38,9 @@ pytestmark = pytest.mark.slow
 LENGTHS = [1, 2, 31, 32, 33, 100, 257, 64]
 TOKENS = 24
 GATES: dict[str, dict[str, Any]] = {
-    "dcp": {"beta": 3.6},
     "dcp_kv_head": {"beta": 2.0, "scope": "kv_head"},
-    **({"dms": {"delay": 8}} if FULL else {}),  # by head, as dcp_kv_head
+    # Gates of whole layers are served on two ranks in test_parallel_serve.py too; dms decides by head, as dcp_kv_head.
+    **({"dcp": {"beta": 3.6}, "dms": {"delay": 8}} if FULL else {}),
 }
 KEYS = ("tokens", "keys_held", "keys_dropped", "kept_fraction", "kept_fraction_least_layer", "kept_pairs")
 """Of what rides on a response, what does not hang on how lanes are packed into blocks."""
