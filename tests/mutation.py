@@ -25,9 +25,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks"), str(ROOT)]
-GRANTS, LEMMAS, MANAGER, ADMISSION, LANES, RECEIVED, SNAPSHOTS = (
+GRANTS, LEMMAS, MANAGER, ADMISSION, LANES, RECEIVED, SNAPSHOTS, PARTINGS = (
     f"tests/unit/cache/test_{name}.py"
-    for name in ("grants", "lemmas", "manager", "admission", "lanes", "received_lanes", "snapshots")
+    for name in ("grants", "lemmas", "manager", "admission", "lanes", "received_lanes", "snapshots", "partings")
 )
 LAW3 = "tests/integration/test_law3_state_machine.py::test_pool_and_lanes"
 TESTS: dict[str, list[str]] = {
@@ -36,6 +36,7 @@ TESTS: dict[str, list[str]] = {
     "grants": [GRANTS, LEMMAS, MANAGER, ADMISSION],
     "promise": [LEMMAS],
     "snapshots": [SNAPSHOTS, f"{LAW3}[dcp]"],
+    "partings": [PARTINGS, f"{LAW3}[dcp]"],
     "ranks": ["tests/unit/cache/test_ranks.py", LANES],
     "views": [LANES],
     "spec": [MANAGER, f"{LAW3}[dcp_kv_head]"],

@@ -171,10 +171,10 @@ def test_foreign_state_is_not_read(gated):
 
 
 def at_once(seed: int, tails: int) -> list[dict[str, list[int]]]:
-    """Prompts that share 150 tokens, which nobody has seen."""
+    """Prompts that share 150 tokens, which nobody has seen, the longest first: it ends blocks behind where the others part."""
     shared = prompts([150], seed)[0]["prompt_token_ids"]
     return [
-        {"prompt_token_ids": shared + prompts([9 + 7 * at], seed + at + 1)[0]["prompt_token_ids"]}
+        {"prompt_token_ids": shared + prompts([70 - 7 * at], seed + at + 1)[0]["prompt_token_ids"]}
         for at in range(tails)
     ]
 
@@ -189,4 +189,16 @@ def test_many_at_once(gated):
             hot = ask(llm, batch)
             assert [output.num_cached_tokens for output in hot] == [0] + [4 * N] * 4
             same(llm, hot, ask(llm, batch, cold=True))
+        all_ended(llm)
+
+
+def test_spacing(gated):
+    """Places at fixed distances: already the second that begins so starts from one."""
+    options = {"additional_config": {"vllm_prune": {"record": True, "snapshot_spacing": 70}}}  # three blocks of 32
+    with engine(gated, enable_prefix_caching=True, **options) as llm:
+        batch = at_once(600, 3)
+        hot = [ask(llm, [prompt])[0] for prompt in batch]
+        assert [output.num_cached_tokens for output in hot] == [0, 3 * N, 4 * N]
+        assert snapshots_of(llm).made == 2 + 2 + 1, "each its end; the first 96, the second where they part"
+        same(llm, hot, ask(llm, batch, cold=True))
         all_ended(llm)
