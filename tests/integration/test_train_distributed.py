@@ -227,8 +227,8 @@ def test_ray_train_equals_one_process(single: Path) -> None:
     env.pop("RAY_ADDRESS", None)
     try:
         done = subprocess.run(
-            [sys.executable, "-c", RAY, str(single), str(temp), *["full"] * FULL], env=env, capture_output=True, text=True, timeout=590,
-            input=json.dumps(fields(single, "ray", kind="ray", workers=2)), cwd=single,
+            [sys.executable, "-c", RAY, str(single), str(temp), *["full"] * FULL], env=env, capture_output=True, text=True,
+            timeout=590, input=json.dumps(fields(single, "ray", kind="ray", workers=2)), cwd=single,
         )  # fmt: skip
     finally:
         shutil.rmtree(temp, ignore_errors=True)
