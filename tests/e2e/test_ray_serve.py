@@ -24,6 +24,7 @@ import psutil
 import pytest
 import yaml
 from openai import APIError, APIStatusError, BadRequestError, NotFoundError, OpenAI
+from support import FULL
 
 pytest.importorskip("ray.serve", reason="Ray Serve is an extra")
 pytestmark = pytest.mark.slow
@@ -62,6 +63,12 @@ class Serving:
     def answers(self) -> list[int]:
         """Process ids of the engine replicas that have answered, request by request."""
         return [int(pid) for pid in re.findall(r"gated:Engine pid=(\d+).* CALL answer OK", self.log.read_text())]
+
+    def quiet(self) -> bool:
+        """Whether nobody's answer has reached the log for two seconds."""
+        before = len(self.answers())
+        time.sleep(2)
+        return len(self.answers()) == before
 
     def answered(self) -> set[int]:
         return set(self.answers())
@@ -252,6 +259,7 @@ def test_little_free_kv_adds_a_replica(both):
 
 def test_the_same_beginning_goes_to_the_same_replica(both, serving, client, model):
     """Which then starts from what it holds of it: as many tokens cached as the first block border below the prompt's end says."""
+    serving.wait("earlier answers are in the log", serving.quiet, 30)
     begun = len(serving.answers())
     prompts = [f"{word} " * 150 for word in ("alpha", "Beta", "(gamma)", "= delta")]
     cached: dict[str, list[int]] = {prompt: [] for prompt in prompts}
@@ -269,7 +277,9 @@ def test_the_same_beginning_goes_to_the_same_replica(both, serving, client, mode
         assert first < 64 <= later[0] == later[1], cached
 
 
-@pytest.mark.parametrize("victim", [REPLICA, ENGINE], ids=["the replica's process", "its engine's process"])
+@pytest.mark.parametrize(
+    "victim", [REPLICA, *[ENGINE] * FULL], ids=["the replica's process", *["its engine's process"] * FULL]
+)
 def test_a_killed_replica_is_replaced_and_no_other_request_is_lost(victim, both, serving, client, model):
     """Requests not streamed are all answered, those of the dead replica by the other. Of streams those end that it had begun,
     with an error event, and no others; then a new replica answers too."""
