@@ -17,9 +17,12 @@ import importlib.util
 import json
 import os
 import random
+import signal
 import sys
+import tempfile
 import time
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,10 @@ TESTS: dict[str, list[str]] = {
     "lane_ops": [LANES, RECEIVED, f"{LAW3}[dcp_kv_head]", f"{LAW3}[dms]"],
 }
 """Module of ``vllm_prune/cache`` to the tests that must notice, one file after the other."""
+INTERPRETED = {"device_store": ["tests/integration/device_laws.py::test_law_2", "tests/unit/kernels/kernel_ranks.py",
+                                "tests/integration/device_laws.py::test_prefixes"]}  # fmt: skip
+TESTS |= INTERPRETED
+"""Modules whose tests run under Triton's interpreter, chosen before Triton is imported: each in a process from its beginning."""
 SLOWER = (ADMISSION, LAW3)
 """Left out with ``--fast``: what lives then may not have lived."""
 DESELECT = ("storms", "all_ranks_hear")
@@ -56,7 +63,7 @@ SLOW = (
 )  # fmt: skip
 """Imported before the first child; ``conftest`` sets the environment."""
 LIMIT = 400
-"""Seconds that a child may take."""
+"""Seconds that the tests may take without a fault; with one, four times what they took, and half a minute."""
 EQUAL = ("ReplaceBinaryOperator_BitOr_", "ReplaceUnaryOperator_Delete_", "AddNot_never")
 """Operators of cosmic-ray that change nothing here: ``|`` stands in annotations alone, which nobody evaluates."""
 
@@ -111,8 +118,8 @@ class Changed(importlib.abc.MetaPathFinder, importlib.machinery.SourceFileLoader
         raise OSError  # no bytecode is looked for, nor kept
 
 
-def tried(module: str, path: Path, source: str, fast: bool) -> str:
-    """``killed``, ``too long`` or ``survived``."""
+def begun(module: str, path: Path, source: str, fast: bool) -> int:
+    """Process id of a child that runs the tests on this source: 0 is its end where none fails."""
     child = os.fork()
     if child == 0:
         code = 3
@@ -120,19 +127,37 @@ def tried(module: str, path: Path, source: str, fast: bool) -> str:
             quiet = os.open(os.devnull, os.O_WRONLY)
             os.dup2(quiet, 1)
             os.dup2(quiet, 2)
+            if module in INTERPRETED:
+                place = Path(tempfile.mkstemp(suffix=".py")[1])
+                place.write_text(source)
+                told = [str(x) for x in (Path(__file__), "--json", place, "--only", module, "--inside")]
+                os.execve(sys.executable, [sys.executable, *told], {**os.environ, "TRITON_INTERPRET": "1"})
             sys.meta_path.insert(0, Changed(f"vllm_prune.cache.{module}", path, source))
             code = run_tests(module, fast)
         finally:
             os._exit(code)
-    until = time.monotonic() + LIMIT
-    while time.monotonic() < until:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return "killed" if status else "survived"
+    return child
+
+
+def tried(
+    module: str, path: Path, sources: list[str], fast: bool, jobs: int, limit: float
+) -> Iterator[tuple[int, str]]:
+    """Which of the sources, and ``killed``, ``too long`` or ``survived``, as they end. ``limit``: seconds that each may take."""
+    waiting, running = deque(enumerate(sources)), dict[int, tuple[int, float]]()
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            index, source = waiting.popleft()
+            running[begun(module, path, source, fast)] = (index, time.monotonic() + limit)
+        for child, (index, until) in list(running.items()):
+            done, status = os.waitpid(child, os.WNOHANG)
+            late = not done and time.monotonic() > until
+            if late:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+            if done or late:
+                del running[child]
+                yield index, "too long" if late else "killed" if status else "survived"
         time.sleep(0.05)
-    os.kill(child, 9)
-    os.waitpid(child, 0)
-    return "too long"
 
 
 def run_tests(module: str, fast: bool) -> int:
@@ -163,25 +188,36 @@ def main() -> None:
     parser.add_argument("--sample", type=int, help="places a module; default all")
     parser.add_argument("--only", choices=list(TESTS), action="append", help="modules; default all")
     parser.add_argument("--fast", action="store_true", help="unit tests of the module alone")
+    parser.add_argument("--jobs", type=int, default=2, help="faults tried at a time")
+    parser.add_argument(
+        "--inside", action="store_true", help=argparse.SUPPRESS
+    )  # this process tries the source in --json
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     started = time.perf_counter()
     os.chdir(ROOT)
+    if args.inside:
+        source = args.json.read_text()
+        args.json.unlink()
+        (module,) = args.only
+        sys.meta_path.insert(0, Changed(f"vllm_prune.cache.{module}", ROOT / f"vllm_prune/cache/{module}.py", source))
+        sys.exit(run_tests(module, args.fast))
     os.environ["VLLM_PRUNE_HISTORIES"] = "3"
     preload()
     modules: dict[str, Any] = {}
     for module in args.only or TESTS:
         path = ROOT / "vllm_prune" / "cache" / f"{module}.py"
-        if tried(module, path, path.read_text(), args.fast) != "survived":
+        begin = time.monotonic()
+        if next(tried(module, path, [path.read_text()], args.fast, 1, LIMIT))[1] != "survived":
             raise SystemExit(f"{module}: the tests fail without any fault")
+        limit = 30 + 4 * args.jobs * (time.monotonic() - begin)
         every = faults(path, args.seed)
+        chosen = [(fault, mutated(path, *fault[:2])) for fault in every[: args.sample]]
+        known = [(fault, source) for fault, source in chosen if source is not None]
         outcomes: Counter[str] = Counter()
         survivors = []
-        for name, occurrence, line, function in every[: args.sample]:
-            source = mutated(path, name, occurrence)
-            if source is None:
-                continue
-            outcome = tried(module, path, source, args.fast)
+        for index, outcome in tried(module, path, [source for _, source in known], args.fast, args.jobs, limit):
+            (name, _, line, function), source = known[index]
             outcomes[outcome] += 1
             if outcome == "survived":
                 old, new = path.read_text().splitlines(), source.splitlines()
