@@ -107,7 +107,7 @@ def turns(people: int, length: int, said: int, answer: int, rounds: int) -> Iter
 
 def shared(people: int, length: int, said: int, rounds: int, at_once: bool) -> Iterator[list[list[int]]]:
     """In each round a system prompt that nobody has seen, and ``people`` who come with it, at the same time or one by one."""
-    rng = random.Random(4)
+    rng = random.Random(4 + at_once)
     for _ in range(rounds):
         system = drawn(rng, length)
         prompts = [system + drawn(rng, said) for _ in range(people)]
