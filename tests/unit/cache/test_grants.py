@@ -103,3 +103,48 @@ def test_reports_in_any_order_twice_or_never(steps, rng):
     assert log.live == sum(block is not None for block in log.log) == len(log.log) - len(back)
     assert not set(held) & set(back), "what the worker still uses"
     assert log.report is (reports[max(come)] if come else None)
+
+
+def test_what_is_not_said_is_nothing():
+    said = report()
+    assert (said.dropped, said.held, said.peak_pages, said.by_layer, said.in_use) == (0, 0, 0, (0, 0, 0, 0), 0)
+    assert said.ends is said.drops is said.kept_pairs is None
+    log = GrantLog(1)
+    assert (log.live, log.sent, log.told, log.returned, log.peak, log.log) == (0, 0, 0, 0, 0, [])
+
+
+def test_a_report_is_awaited_from_the_first_token_on():
+    log = GrantLog(1)
+    assert not log.awaits_report
+    log.told = 1
+    assert log.awaits_report
+    log.told = 100
+    log.accept(report(covered=99))
+    assert log.awaits_report
+    log.accept(report(covered=100))
+    assert not log.awaits_report
+
+
+def test_needs_for_fewer_tokens_than_were_reported_are_those_of_now():
+    g = LaneGeometry(num_layers=2, num_kv_heads=1, head_size=32, block_tokens=32)
+    log = GrantLog(1, report=report(covered=640, pages=(12, 25, 39)))
+    now, then = g.blocks_for_pages(12), g.blocks_for_pages(25)
+    assert log.needed(g, 600) == log.needed(g, 640) == now != then == log.needed(g, 641)
+
+
+def test_an_epoch_is_a_number():
+    log = GrantLog(int("1000"))
+    log.grant(list("abcde"))
+    assert (
+        log.accept(report(epoch=int("1000"), covered=10, keep=3)) == ["e", "d"] and log.live == 3 and log.returned == 2
+    )
+
+
+def test_kept_pairs_by_hand():
+    """Five tokens; of two lanes the first dropped key 0 at query 3 and key 2 at query 4: they were seen by two queries and one."""
+    whole = 2 * (1 + 2 + 3 + 4)
+    missed = 2 + 1  # queries 3 and 4 of key 0, query 4 of key 2
+    said = report(covered=5, dropped=2, held=8, ends=3 + 4)
+    assert said.kept_pairs == pytest.approx(1 - missed / whole)
+    assert report(covered=5, dropped=0, held=10, ends=0).kept_pairs == 1.0
+    assert report(covered=1, dropped=0, held=2, ends=0).kept_pairs == 1.0, "no query had a past"

@@ -60,11 +60,19 @@ def test_many_at_once():
         partings.arrives(one)
     assert partings.behind(second.request_id) == (first.request_id, 2 * N, True)
     assert partings.behind(first.request_id) is partings.behind(third.request_id) is None
+    fourth = prompt("abcc")
+    partings.arrives(fourth)
+    assert partings.behind(fourth.request_id) == (first.request_id, 2 * N, True), "the first of all, not the second"
+    partings.ended(fourth.request_id)
     partings.starts(first.request_id, 0)
     assert partings.take(first.request_id, 0, 2 * N + 1) == [2 * N]
     assert partings.behind(second.request_id) == (first.request_id, 2 * N, False)
     partings.arrives(late)
     assert partings.behind(late.request_id) == (first.request_id, 3 * N, True)
+    other = prompt("abb")
+    partings.arrives(other)
+    assert partings.behind(other.request_id) == (first.request_id, 3 * N, True), "it is still in this block"
+    partings.ended(other.request_id)
     assert partings.take(first.request_id, 2 * N + 1, 4 * N + 3) == [3 * N, 4 * N]
     again = prompt("ab")
     partings.arrives(again)

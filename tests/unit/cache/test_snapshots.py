@@ -163,6 +163,8 @@ class Steps:
     def check(self) -> None:
         owned = [block for own in self.alive.values() for block in own[2]]
         assert len(owned) == len(set(owned)) == self.snapshots.blocks and len(self.snapshots) == len(self.alive)
+        hashes = Counter(prefix.block_hash for prefix in self.alive)
+        assert self.snapshots._hashes == hashes and len(self.snapshots._hashes) == len(hashes)
         counts = (self.snapshots.lost, self.snapshots.made, self.snapshots.used)
         assert counts == (self.lost, self.made, self.used)
         assert not set(owned) & {block.block_id for some in self.others for block in some}
@@ -204,6 +206,16 @@ def test_blocks_of_one_that_ended_are_nobodys():
     snapshots.pool.get_new_blocks(1)
     assert len(snapshots) == 1 and snapshots.blocks == 3
     snapshots.settle()
+    snapshots.pool.get_new_blocks(2)
+    assert snapshots.find(asked("bbb"), 1.0, ()).name == second
+
+
+def test_a_block_that_another_took_over_is_anothers():
+    """It came from one that ended, in the same step: it does not go to the front with the rest of that one's."""
+    snapshots = holder(blocks=6)
+    held(snapshots, "aaa", keep=3)
+    second = held(snapshots, "bbb", keep=3)
+    assert snapshots.blocks == 3 and len(snapshots) == 1, "two that nobody wanted, and one of the first"
     snapshots.pool.get_new_blocks(2)
     assert snapshots.find(asked("bbb"), 1.0, ()).name == second
 
