@@ -141,7 +141,7 @@ def test_an_epoch_is_a_number():
 
 
 def test_kept_pairs_by_hand():
-    """Five tokens; of two lanes the first dropped key 0 at query 3 and key 2 at query 4: they were seen by two queries and one."""
+    """Five tokens; of two lanes one dropped key 0 at query 3 and key 2 at query 4: two queries saw the first, one the second."""
     whole = 2 * (1 + 2 + 3 + 4)
     missed = 2 + 1  # queries 3 and 4 of key 0, query 4 of key 2
     said = report(covered=5, dropped=2, held=8, ends=3 + 4)
