@@ -7,13 +7,15 @@ from __future__ import annotations
 
 _CONNECTOR = "the order of a step's calls of the connector, on which reports and grants stand"
 _ADMISSION = "how many tokens the manager is asked for, and when; preemption calls nothing else of it"
+_WAITS = "a connector that does not know yet how much it holds (None) is asked again in the next step, in the request's place"
 _FAILURE = "requests of reported block ids end with an error and give their blocks back once"
 _REPEATED = "models/native.py or models/sparse.py repeats it"
 _READ = "read where the type is not known to the checker"
 
 ASSUMED: dict[str, str] = {
     # Scheduler
-    "vllm.v1.core.sched.scheduler:Scheduler.schedule": _ADMISSION,
+    "vllm.v1.core.sched.scheduler:Scheduler.schedule": f"{_ADMISSION}; {_WAITS}",
+    "vllm.v1.core.sched.scheduler:Scheduler.add_request": "blocks of a prompt are hashed before the connector hears of it",
     "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": _CONNECTOR,
     "vllm.v1.core.sched.scheduler:Scheduler._build_kv_connector_meta": _CONNECTOR,
     "vllm.v1.core.sched.scheduler:Scheduler._preempt_request": _ADMISSION,
