@@ -82,12 +82,34 @@ def test_pages_come_from_the_lowest_grants_and_tails_go_back():
     assert (again.pages, again.keep, again.seen, again.peak_pages) == ((18, 18, 18), 5, 5, 18)
 
 
-@pytest.mark.parametrize(("ahead", "keep"), [(0, 1), (1, 2), (2, 2), (33, 3), (64, 3), (65, 4)])
-def test_what_may_be_in_flight_is_kept(ahead, keep):
+@pytest.mark.parametrize(
+    ("tokens", "ahead", "keep"),
+    [
+        (N, 0, 1),
+        (N, 1, 2),
+        (N, 2, 2),
+        (N, 3, 2),
+        (N, 33, 3),
+        (N, 64, 3),
+        (N, 65, 4),
+        (N - 2, 2, 1),
+        (N - 1, 1, 1),
+        (N - 1, 2, 2),
+    ],
+)
+def test_what_may_be_in_flight_is_kept(tokens, ahead, keep):
     store = store_of()
     store.update("a", 1, [1, 2, 3, 4, 5])
-    write(store, "a", 0, N)
-    assert store.report({"a": N}, {"a": ahead, "b": 500})["a"].keep == keep
+    write(store, "a", 0, tokens)
+    assert store.report({"a": tokens}, {"a": ahead, "b": 500})["a"].keep == keep
+
+
+def test_the_first_of_several_new_grants_fills_first():
+    store = store_of()
+    store.update("a", 1, [5, 7, 3])
+    write(store, "a", 0, 3 * N)
+    pages = store.lanes.table[store.slots["a"].slot, :, :3].reshape(L, -1)  # a layer's fill a block, one layer after another
+    assert [{int(page) // H % BLOCKS for page in layer} for layer in pages] == [{5}, {7}, {3}]
 
 
 def test_pages_are_packed_into_the_lowest_grants():
@@ -173,6 +195,11 @@ def test_drops_are_recorded_by_life():
     assert (told.dropped, told.by_layer) == (1, (1, 0, 1, 0))
     with pytest.raises(KeyError, match="is the option 'record' on"):
         store.expiries("c", 1)
+    store.forget("b")
+    store.update("b", 5, [4])
+    assert np.argwhere(store.expiries("a", 6) != NEVER).tolist() == [[0, 0, 1]], "whatever lives others have"
+    store.record_passed(0, np.asarray([store.slots["b"].slot]), np.asarray([2]))
+    assert store.passed_by("".join(["b"]), 3).sum() == 1 and not store.passed_by("a", 3).any()
 
 
 def test_drops_are_told_once_to_who_asked():
@@ -184,6 +211,7 @@ def test_drops_are_told_once_to_who_asked():
     store.reserve_events(4)
     skip(store, 1, [a, b], [3, 4])
     store.set_facts("a", 9, 1.0, mapped=True)
+    store.set_facts("b", 9, 1.0)
     told = store.report({"a": 4, "b": 5})
     assert told["a"].drops.tolist() == [[1, 3, 3]] and told["b"].drops is None
     assert store.report({"a": 4})["a"].drops.shape == (0, 3)
@@ -304,6 +332,7 @@ def test_shapes_of_the_arrays():
     plain = Lanes(GEOMETRY, BLOCKS, 5, 11, 70, 1, 4)
     assert plain.mass is None and plain.store.mass is None and plain.store.Ng == 1
     assert store_of().lanes.store.W == 11 and store_of().lanes.store.F == 12 * L * H
+    assert store_of().lanes.mass is None
     assert store_of(dtype=torch.bfloat16).lanes.store.elem == 2 and store_of(received=True).lanes.mass is not None
 
 
@@ -352,6 +381,7 @@ def test_what_a_lane_that_only_grows_held_after_some_tokens(begin):
     store, short = store_of(record=True), store_of(record=True)
     for one_store, name, block in ((store, "a", 1), (short, "b", 1)):
         one_store.update(name, 1, list(range(block, block + 4)))
+        one_store.reserve_events(40)
     compute(store, "a", 96)
     compute(short, "b", begin)
     store.update("b", 1, [5, 6, 7, 8])
@@ -362,6 +392,21 @@ def test_what_a_lane_that_only_grows_held_after_some_tokens(begin):
         for head in range(H):
             assert lane(store, "b", layer, head) == lane(short, "b", layer, head)
     np.testing.assert_array_equal(store.expiries("b", begin), short.expiries("b", begin))
+    assert (store.expiries("b", begin)[1] != NEVER).sum() == want.dropped
+
+
+def test_records_of_a_layer_go_along_with_its_copy():
+    store = store_of(record=True)
+    store.update("a", 1, [1])
+    store.update("b", 7, [2])
+    slot = store.slots["a"].slot
+    store.reserve_events(10)
+    for layer, at in ((0, 4), (1, 6), (2, 1), (1, 9)):
+        skip(store, layer, [slot], [at])
+    store.copy("a", "b", layer=1)
+    assert np.argwhere(store.expiries("b", 10) != NEVER).tolist() == [[1, 0, 6], [1, 0, 9]]
+    store.copy("a", "b", layer=2)
+    assert np.argwhere(store.expiries("b", 10) != NEVER).tolist() == [[1, 0, 6], [1, 0, 9], [2, 0, 1]]
 
 
 def one(store: LaneStore, name: str, layer: int, at: int) -> None:
