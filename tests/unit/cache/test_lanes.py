@@ -108,7 +108,9 @@ def test_the_first_of_several_new_grants_fills_first():
     store = store_of()
     store.update("a", 1, [5, 7, 3])
     write(store, "a", 0, 3 * N)
-    pages = store.lanes.table[store.slots["a"].slot, :, :3].reshape(L, -1)  # a layer's fill a block, one layer after another
+    pages = store.lanes.table[store.slots["a"].slot, :, :3].reshape(
+        L, -1
+    )  # a layer's fill a block, one layer after another
     assert [{int(page) // H % BLOCKS for page in layer} for layer in pages] == [{5}, {7}, {3}]
 
 

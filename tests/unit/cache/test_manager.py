@@ -175,3 +175,7 @@ def test_waiting_for_a_report_has_an_end():
     assert bare.asks("a", 256) > bare.pool.get_num_free_blocks()
     waits = [bare.manager.waits_for_report() for _ in range(LONGEST_WAIT + 1)]
     assert waits == [True] * LONGEST_WAIT + [False], "it counts anew"
+
+
+def test_a_spec_has_no_gate_keys_unless_told():
+    assert (spec_of().gate_rank, spec_of().gate_lanes) == (0, 1)

@@ -41,6 +41,10 @@ def test_ranks_that_should_have_decided_alike_are_found_out():
         joined(SPLIT, pages=2, split=False)
 
 
+def test_one_rank_has_nothing_to_share():
+    assert not Ranks().split and not Ranks().several and Ranks().speaks
+
+
 def counts_on(rank: int) -> Counts:
     """Of three requests, different on each rank."""
     x = torch.arange(3) * 10 + rank
