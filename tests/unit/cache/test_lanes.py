@@ -198,10 +198,11 @@ def test_drops_are_recorded_by_life():
     with pytest.raises(KeyError, match="is the option 'record' on"):
         store.expiries("c", 1)
     store.forget("b")
-    store.update("b", 5, [4])
+    store.update("bb", 5, [4])
+    assert store.slots["bb"].covered == 0
     assert np.argwhere(store.expiries("a", 6) != NEVER).tolist() == [[0, 0, 1]], "whatever lives others have"
-    store.record_passed(0, np.asarray([store.slots["b"].slot]), np.asarray([2]))
-    assert store.passed_by("".join(["b"]), 3).sum() == 1 and not store.passed_by("a", 3).any()
+    store.record_passed(0, np.asarray([store.slots["bb"].slot]), np.asarray([2]))
+    assert store.passed_by("".join(["b", "b"]), 3).sum() == 1 and not store.passed_by("a", 3).any()
 
 
 def test_drops_are_told_once_to_who_asked():
