@@ -104,6 +104,26 @@ def test_what_may_be_in_flight_is_kept(tokens, ahead, keep):
     assert store.report({"a": tokens}, {"a": ahead, "b": 500})["a"].keep == keep
 
 
+def test_nothing_is_in_flight_of_a_request_of_which_nothing_is_said():
+    store = store_of()
+    store.update("a", 1, [1, 2, 3])
+    store.update("c", 1, [4, 5, 6])
+    write(store, "a", 0, N - 1)
+    write(store, "c", 0, N)
+    assert store.report({"a": N - 1}, {"b": 500})["a"].pages == (L * H, L * H, 2 * L * H)
+    assert store.report({"c": N}, {"b": 500})["c"].keep == 1
+
+
+def test_pages_of_three_heads():
+    """Each head-page of a block once, those of the first block on top."""
+    g = LaneGeometry(L, 3, D, N)
+    store = LaneStore(g, 3, 320, BLOCKS, torch.float32, 1)
+    store.update("a", 1, [4, 9])
+    pages = store.lanes.free_pages[0, : int(store.lanes.n_free[0])].tolist()
+    want = [{(layer * BLOCKS + block) * 3 + head for layer in range(L) for head in range(3)} for block in (9, 4)]
+    assert [set(pages[: L * 3]), set(pages[L * 3 :])] == want and len(pages) == 2 * L * 3
+
+
 def test_the_first_of_several_new_grants_fills_first():
     store = store_of()
     store.update("a", 1, [5, 7, 3])
@@ -399,7 +419,7 @@ def test_what_a_lane_that_only_grows_held_after_some_tokens(begin):
 
 
 def test_records_of_a_layer_go_along_with_its_copy():
-    store = store_of(record=True)
+    store = store_of(record=True, units=2)
     store.update("a", 1, [1])
     store.update("b", 7, [2])
     slot = store.slots["a"].slot
@@ -407,9 +427,10 @@ def test_records_of_a_layer_go_along_with_its_copy():
     for layer, at in ((0, 4), (1, 6), (2, 1), (1, 9)):
         skip(store, layer, [slot], [at])
     store.copy("a", "b", layer=1)
-    assert np.argwhere(store.expiries("b", 10) != NEVER).tolist() == [[1, 0, 6], [1, 0, 9]]
+    one = [[1, 0, 6], [1, 0, 9], [1, 1, 6], [1, 1, 9]]
+    assert np.argwhere(store.expiries("b", 10) != NEVER).tolist() == one
     store.copy("a", "b", layer=2)
-    assert np.argwhere(store.expiries("b", 10) != NEVER).tolist() == [[1, 0, 6], [1, 0, 9], [2, 0, 1]]
+    assert np.argwhere(store.expiries("b", 10) != NEVER).tolist() == [*one, [2, 0, 1], [2, 1, 1]]
 
 
 def one(store: LaneStore, name: str, layer: int, at: int) -> None:
