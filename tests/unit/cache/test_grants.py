@@ -146,5 +146,7 @@ def test_kept_pairs_by_hand():
     missed = 2 + 1  # queries 3 and 4 of key 0, query 4 of key 2
     said = report(covered=5, dropped=2, held=8, ends=3 + 4)
     assert said.kept_pairs == pytest.approx(1 - missed / whole)
+    # Six tokens; keys 0, 1 and 2 of one lane at queries 3, 4 and 5: the first is missed by three, then two, then one.
+    assert report(covered=6, dropped=3, held=9, ends=3 + 4 + 5).kept_pairs == pytest.approx(1 - 6 / 30)
     assert report(covered=5, dropped=0, held=10, ends=0).kept_pairs == 1.0
     assert report(covered=1, dropped=0, held=2, ends=0).kept_pairs == 1.0, "no query had a past"
