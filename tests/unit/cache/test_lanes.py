@@ -302,10 +302,11 @@ def test_the_rank_that_needs_most_decides_what_is_kept():
     store = store_of(ranks=ranks)
     store.update("a", 1, [1, 2, 3, 4])
     write(store, "a", 0, N)
+    skip(store, 2, [store.slots["a"].slot], [5])
     told = store.report({"a": N})["a"]
     assert (told.pages, told.keep, told.seen) == ((13, 19, 19), 3, 4)
-    assert (told.held, told.dropped, told.ends) == (2 * L * N + 100, 12, 100)
-    assert told.by_layer == (9, 1, 2, 9) and told.in_use == 6 + 13 and told.peak_pages == 13
+    assert (told.held, told.dropped, told.ends) == (2 * L * N + 100, 14, 2 * 6 + 100)
+    assert told.by_layer == (11, 1, 2, 11) and told.in_use == 6 + 13 and told.peak_pages == 13
     assert ranks.several and not ranks.speaks and not Ranks().several and Ranks().speaks
     assert ranks.first(torch.ones(2)).tolist() == [7, 7] and Ranks(0, 2, group=Other(more)).first(
         torch.ones(2)
