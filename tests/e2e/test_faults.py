@@ -35,6 +35,7 @@ LONG = 380
 """Tokens of an answer that is still under way when something happens."""
 ASKED = [prompt["prompt_token_ids"] for prompt in prompts([3, 120, 40, 100])]
 OPTIONS = ("--dtype", "float32", "--served-model-name", "faults", "--kv-cache-memory-bytes", "8M")
+LONGER = ("--max-model-len", "2048")
 DAY = 86400
 
 
@@ -262,12 +263,12 @@ def kill_under_load(server: Server, name: str, usual: list[tuple[list[int], int]
 
 
 def test_the_worker_is_killed(folder, usual, tmp_path):
-    with serving(folder, tmp_path / "server.log", *OPTIONS) as server:
+    with serving(folder, tmp_path / "server.log", *OPTIONS, *LONGER) as server:
         kill_under_load(server, "Worker", usual)
 
 
 def test_the_engine_core_is_killed(folder, usual, tmp_path):
-    with serving(folder, tmp_path / "server.log", *OPTIONS) as server:
+    with serving(folder, tmp_path / "server.log", *OPTIONS, *LONGER) as server:
         kill_under_load(server, "EngineCore", usual)
 
 
