@@ -305,7 +305,10 @@ def test_a_killed_replica_is_replaced_and_no_other_request_is_lost(victim, both,
     dead = serving.processes(victim)[0]
     children = dead.children()
     with ThreadPoolExecutor(24) as pool:
-        streams = [pool.submit(streamed, number) for number in range(12)]
+        streams = []
+        for number in range(12):
+            streams.append(pool.submit(streamed, number))
+            time.sleep(0.2)  # the router hears how much each replica has to do: at once, all could go to the same one
         serving.wait("all streams have begun", lambda: len(begun) == len(streams), 60)
         plains = [pool.submit(plain, number) for number in range(8)]
         time.sleep(0.3)
