@@ -283,7 +283,7 @@ class Machine(RuleBasedStateMachine):
 
 
 HISTORIES = settings(
-    max_examples=int(os.environ.get("VLLM_PRUNE_HISTORIES", 200 if NIGHTLY else 6)),
+    max_examples=int(os.environ.get("VLLM_PRUNE_HISTORIES", 200 if NIGHTLY else 10)),
     stateful_step_count=40,
     deadline=None,
     derandomize=not NIGHTLY,
