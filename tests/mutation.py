@@ -28,23 +28,33 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks"), str(ROOT)]
-GRANTS, LEMMAS, MANAGER, ADMISSION, LANES, RECEIVED, SNAPSHOTS, PARTINGS = (
+GRANTS, LEMMAS, MANAGER, ADMISSION, LANES, LANE_OPS, RECEIVED, SNAPSHOTS, PARTINGS = (
     f"tests/unit/cache/test_{name}.py"
-    for name in ("grants", "lemmas", "manager", "admission", "lanes", "received_lanes", "snapshots", "partings")
+    for name in (
+        "grants",
+        "lemmas",
+        "manager",
+        "admission",
+        "lanes",
+        "lane_ops",
+        "received_lanes",
+        "snapshots",
+        "partings",
+    )
 )
 LAW3 = "tests/integration/test_law3_state_machine.py::test_pool_and_lanes"
 TESTS: dict[str, list[str]] = {
     "manager": [MANAGER, ADMISSION, f"{LAW3}[dcp]"],
-    "lanes": [LANES, RECEIVED, f"{LAW3}[dms]"],
+    "lanes": [LANES, LANE_OPS, RECEIVED, f"{LAW3}[dms]"],
     "grants": [GRANTS, LEMMAS, MANAGER, ADMISSION],
     "promise": [LEMMAS],
     "snapshots": [SNAPSHOTS, f"{LAW3}[dcp]"],
     "partings": [PARTINGS, f"{LAW3}[dcp]"],
     "ranks": ["tests/unit/cache/test_ranks.py", LANES],
-    "views": [LANES],
+    "views": [LANES, LANE_OPS],
     "spec": [MANAGER, f"{LAW3}[dcp_kv_head]"],
     "geometry": [GRANTS, LEMMAS, MANAGER],
-    "lane_ops": [LANES, RECEIVED, f"{LAW3}[dcp_kv_head]", f"{LAW3}[dms]"],
+    "lane_ops": [LANES, LANE_OPS, RECEIVED, f"{LAW3}[dcp_kv_head]", f"{LAW3}[dms]"],
 }
 """Module of ``vllm_prune/cache`` to the tests that must notice, one file after the other."""
 INTERPRETED = {"device_store": ["tests/integration/device_laws.py::test_law_2", "tests/unit/kernels/kernel_ranks.py",

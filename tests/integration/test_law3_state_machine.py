@@ -31,6 +31,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from scheduling import block_hasher, cache_of, configuration, request, scheduler, write_model
+from support import FULL
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 from vllm.distributed.kv_transfer import kv_transfer_state
@@ -43,7 +44,6 @@ from vllm_prune.gates import GATES, NEVER
 from vllm_prune.lifetimes import unpack
 from vllm_prune.pressure import LEVELS, PressureOptions
 
-NIGHTLY = os.environ.get("VLLM_PRUNE_FULL") == "1"
 SEQS = 4
 STRENGTHS = (None, 0.0, 0.5, 2.0)
 """That requests ask for; None: the server's, 1."""
@@ -283,10 +283,10 @@ class Machine(RuleBasedStateMachine):
 
 
 HISTORIES = settings(
-    max_examples=int(os.environ.get("VLLM_PRUNE_HISTORIES", 200 if NIGHTLY else 10)),
+    max_examples=int(os.environ.get("VLLM_PRUNE_HISTORIES", 200 if FULL else 10)),
     stateful_step_count=40,
     deadline=None,
-    derandomize=not NIGHTLY,
+    derandomize=not FULL,
     suppress_health_check=list(HealthCheck),
     print_blob=True,
 )
