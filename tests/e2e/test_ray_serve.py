@@ -118,7 +118,7 @@ def serving(tmp_path_factory) -> Iterator[Serving]:
         "RAY_TMPDIR": str(temp), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_DEDUP_LOGS": "0",
         "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # this one: all ports on 127.0.0.1
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
-        "VLLM_LOGGING_LEVEL": "INFO",
+        "VLLM_LOGGING_LEVEL": "INFO", "RAY_worker_niceness": "0",  # 15 as a rule: beside other tests it would hardly run at all
     }  # fmt: skip
     log = folder / "serve.log"
     command = [str(Path(sys.executable).parent / "serve"), "run", str(folder / "serve.yaml")]
