@@ -283,6 +283,7 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
         prompt = self._prompts[request.request_id]
         asked = {} if lifetimes is None else {"map": lifetimes.answer(prompt, report.covered)}
         applied = self._applied.get(request.request_id)
+        shared = 0 if self._snapshots is None else self._snapshots.shared_by(request.request_id)
         return {
             "vllm_prune": {
                 "strength": self._gates[request.request_id].strength,
@@ -297,9 +298,10 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
                 "blocks_held": grants.live,
                 "blocks_peak": grants.peak,
                 "blocks_returned": grants.returned,
+                "blocks_shared": shared,
                 "blocks_dense": dense,
                 "kv_bytes_held": grants.live * spec.block_bytes,
-                "kv_bytes_saved": (dense - grants.live) * spec.block_bytes,
+                "kv_bytes_saved": (dense - grants.live - shared) * spec.block_bytes,
                 **asked,
             }
         }

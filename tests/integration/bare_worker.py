@@ -204,10 +204,11 @@ class BareWorker(BruteForce):
     # What must hold after every step ---------------------------------------------------------------------------------
 
     def check_lanes(self) -> None:
-        """Every lane holds what brute force says, in pages of its own request's blocks; all others are poisoned."""
+        """Every lane holds what brute force says, in pages of its own request's blocks, or of a snapshot's, which requests may
+        share; all others are poisoned."""
         store, a, g = self.store, self.store.lanes, self.spec.geometry
         assert set(store.slots) == set(self.lives)
-        used = np.zeros(store.num_pages, bool)
+        used, shared, kept = (np.zeros(store.num_pages, bool) for _ in range(3))
         for name, state in store.slots.items():
             life, slot = self.lives[name], state.slot
             assert state.epoch == life.epoch
@@ -219,16 +220,23 @@ class BareWorker(BruteForce):
                     lane = layer * g.lanes_per_layer + h
                     length, size = int(a.length[slot, lane]), g.gate_page_tokens if h >= H else N
                     alive = self.alive(life, layer, h % H if self.units > 1 else 0, length)
-                    held = a.table[slot, lane, : -(-length // size)]
-                    assert not used[held].any() and len(set(held.tolist())) == len(held)
-                    assert (a.page_lane[held] == lane).all() and (a.page_index[held] == np.arange(len(held))).all()
-                    assert np.isin((held // H) % self.pool, mine).all()
-                    used[held] = True
+                    share, every = int(a.shared[slot, lane]), a.table[slot, lane, : -(-length // size)]
+                    held = every[share:]
+                    assert length >= share * size and len(set(every.tolist())) == len(every)
+                    assert not used[held].any() and np.isin((held // H) % self.pool, mine).all()
+                    assert (a.page_lane[held] == lane).all() and (
+                        a.page_index[held] == np.arange(share, len(every))
+                    ).all()
+                    used[held], shared[every[:share]] = True, True
+                    kept[held] = name.startswith("\0")
+                    SEEN["pages shared"] += share
                     pages += len(held)
                     self.check_lane(life, layer, h, slot, length, alive)
             assert pages + int(a.n_free[slot]) == len(mine) * g.pages_per_block
         assert (a.page_lane[~used] == -1).all()
-        store.kv_tensor[torch.from_numpy(~used)] = float("nan")
+        assert not (shared & used & ~kept).any(), "what is shared is nobody else's"
+        SEEN["pages shared of a snapshot that is gone"] += int((shared & ~used).sum())
+        store.kv_tensor[torch.from_numpy(~used & ~shared)] = float("nan")
 
     def alive(self, life: Life, layer: int, unit: int, length: int) -> np.ndarray:
         """Keys that a lane of this length must hold."""

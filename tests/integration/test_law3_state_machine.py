@@ -4,7 +4,7 @@ vLLM's own scheduler (and, in half of the histories, its asynchronous one, which
 next), with the plugin's manager, both sides of its connector, its lane store and attention, in one process. Histories are
 random: arrivals that ask for strengths, protection and maps, budgets of tokens from step to step, aborts, a cache reset that
 throws everybody out, and pools so small that the scheduler preempts by itself; in some, strength follows the pool, in some
-requests start from snapshots of others' prompts. At the end
+requests start from snapshots of others' prompts, and share those pages in which nothing changes any more. At the end
 all that is left must come to an end within a number of steps that no preemption may stretch, and the pool be whole.
 """
 
@@ -211,7 +211,10 @@ class Machine(RuleBasedStateMachine):
     def check_blocks(self) -> None:
         owned = [block.block_id for grants in self.manager.grants.values() for block in grants.log if block is not None]
         assert len(owned) == len(set(owned)) and 0 not in owned
-        assert len(owned) + self.pool.get_num_free_blocks() == self.blocks - 1
+        sharing = self.manager.snapshots._sharers if self.manager.snapshots else {}
+        shared = {block.block_id for snapshot in sharing.values() for block in snapshot.blocks}
+        assert not shared & set(owned) and set(sharing) <= set(self.manager.grants)
+        assert len(owned) + len(shared) + self.pool.get_num_free_blocks() == self.blocks - 1
         assert set(self.manager.grants) == {
             name for name, r in self.requests.items() if r.status == RequestStatus.RUNNING
         }
@@ -316,7 +319,8 @@ def test_histories_were_worth_it():
     for event in (
         "blocks returned", "stale reports", "preemptions", "preemptions in a prefill", "mixed steps", "keys dropped",
         "tokens skipped", "requests with closed lanes", "groups not chosen", "mixed strengths", "strength changes",
-        "spared keys", "maps", "resets", "late steps", "starts from snapshots", "aborts with a step in flight", "requests doomed",
+        "spared keys", "maps", "resets", "late steps", "starts from snapshots", "pages shared",
+        "aborts with a step in flight", "requests doomed",
     ):  # fmt: skip
         assert SEEN[event] > 2, f"{event}: {SEEN}"
     assert SEEN["steps"] > 4000, SEEN

@@ -192,6 +192,34 @@ def test_many_at_once(gated):
         all_ended(llm)
 
 
+def test_pages_of_settled_keys_are_shared(gated):
+    """Where a key that outlives its decision stays for good, requests that run at once hold it once; elsewhere each its own."""
+    settles = gated.name.rstrip("0123456789") in ("dms", "random", "ftp", "shadow_token")
+    with engine(gated, enable_prefix_caching=True, **RECORD) as llm:
+        pool, manager = scheduler_of(llm).kv_cache_manager.block_pool, scheduler_of(llm).connector._manager
+        (system,) = prompts([8 * N + 1], seed=700)
+        ask(llm, [system], tokens=1)
+        (snapshot,) = snapshots_of(llm)._by_prefix.values()
+        batch = [{"prompt_token_ids": system["prompt_token_ids"][: 8 * N] + [3 + at] * 9} for at in range(6)]
+        params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, detokenize=False)
+        for at, prompt in enumerate(batch):
+            llm.llm_engine.add_request(f"r{at}", prompt, params)
+        for _ in range(8):
+            llm.llm_engine.step()
+        assert len(manager.grants) == 6, "all of them run"
+        own = [grants.live for grants in manager.grants.values()]
+        busy = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+        assert busy == sum(own) + (len(snapshot.blocks) if settles else 0)
+        report = snapshot.report
+        assert snapshot.shared == settles and (report.unsettled[0] < report.pages[0] // 2) == settles
+        told = []
+        while llm.llm_engine.has_unfinished_requests():
+            told += [o.kv_transfer_params["vllm_prune"] for o in llm.llm_engine.step() if o.finished]
+        assert {x["blocks_shared"] for x in told} == {len(snapshot.blocks) if settles else 0} and len(told) == 6
+        same(llm, ask(llm, batch), ask(llm, batch, cold=True))
+        all_ended(llm)
+
+
 def test_spacing(gated):
     """Places at fixed distances: already the second that begins so starts from one."""
     options = {"additional_config": {"vllm_prune": {"record": True, "snapshot_spacing": 70}}}  # three blocks of 32

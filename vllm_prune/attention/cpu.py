@@ -93,12 +93,12 @@ class PruneCPUImpl(GatedImpl):
         whole = m.decodes.whole
         for i in range(m.chunks.count):
             rule = rule_at(float(m.chunks.strengths[i]))
-            for rows, j, copied in self.state.pieces(m.chunks, i):
+            for rows, j, left in self.state.pieces(m.chunks, i):
                 undisturbed = self._chunk(store, rows, j, query, key, value, tokens, output, rule)
-                if copied is not None:
+                if left is not None:
                     if undisturbed:
                         self._attend(store, m, [rows.row(j)], query, output)
-                    store.copy(*copied, self.index)
+                    store.leave(*left, self.index)
                 elif undisturbed:
                     whole = [*whole, rows.row(j)]
         if whole:
@@ -136,17 +136,17 @@ class PruneCPUImpl(GatedImpl):
             m.state.spent("decide", begin)
         for i in range(m.chunks.count):
             steps = self._boundaries(float(m.chunks.strengths[i]))
-            for rows, j, copied in m.state.pieces(m.chunks, i):
+            for rows, j, left in m.state.pieces(m.chunks, i):
                 row = rows.row(j)
                 if steps is None:
                     self._chunk(store, rows, j, query, key, value, tokens, output, None)
                 else:
                     row = steps.chunk(store, rows, j, tokens, dense, attend)
-                if copied is None:
+                if left is None:
                     whole = [*whole, row]
                 else:
                     attend([row])
-                    store.copy(*copied, self.index)
+                    store.leave(*left, self.index)
         if whole:
             attend(whole)
         return output

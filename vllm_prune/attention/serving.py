@@ -63,6 +63,11 @@ class ServedGate:
         return self.routes or self.reveal is Reveal.NONE
 
     @property
+    def settles(self) -> bool:
+        """Whether a key that has no expiry once the next token is there will never get one."""
+        return not self.routes and self.reveal in (None, Reveal.DELAYED, Reveal.AT_WRITE)
+
+    @property
     def by_token(self) -> bool:
         """See ``gates.by_token``; False where gates are open."""
         return by_token(self.reveal, self.routes)

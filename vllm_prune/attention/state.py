@@ -127,6 +127,8 @@ class WorkerState(StepState):
             max_grants=self.spec.max_grants(self.max_tokens),
             record=self.record,
             received=self.serving.reveal is Reveal.AT_BOUNDARY,
+            appends=self.serving.appends,
+            settles=self.serving.settles,
             ranks=self.ranks,
         )
         self.store.bind(views)
@@ -143,23 +145,23 @@ class WorkerState(StepState):
             if grant.spared:
                 store.spare(req_id, grant.spared)
             if grant.start is not None:
-                store.copy(grant.start, req_id)
+                store.start(grant.start, req_id)
             for order in grant.snapshots:
                 store.update(order.name, order.epoch, order.blocks)
                 if not self.serving.appends:
                     self._cuts.setdefault(store.slots[req_id].slot, []).append((order.tokens, order.name, req_id))
         self._step = meta.grants
 
-    def pieces(self, rows: Rows, i: int) -> list[tuple[Rows, int, tuple[str, str] | None]]:
-        """Row i of a step, cut where its request leaves snapshots: rows and which of them, and what to copy (request, snapshot)
-        once these tokens are written."""
+    def pieces(self, rows: Rows, i: int) -> list[tuple[Rows, int, tuple[str, str, int] | None]]:
+        """Row i of a step, cut where its request leaves snapshots: rows and which of them, and what to leave (request, snapshot,
+        tokens) once these tokens are written."""
         cuts = self._cuts.get(int(rows.slots[i]))
         if not cuts:
             return [(rows, i, None)]
         begin = int(rows.positions[i])
-        found: list[tuple[Rows, int, tuple[str, str] | None]] = []
+        found: list[tuple[Rows, int, tuple[str, str, int] | None]] = []
         for at, name, req_id in cuts:
-            found.append((rows.part(i, begin, at), 0, (req_id, name)))
+            found.append((rows.part(i, begin, at), 0, (req_id, name, at)))
             begin = at
         end = int(rows.positions[i] + rows.tokens[i])
         return [*found, (rows.part(i, begin, end), 0, None)] if begin < end else found
@@ -208,10 +210,8 @@ class WorkerState(StepState):
         covered = {req_id: grant.covered for req_id, grant in step.items()}
         for req_id, grant in step.items():
             for order in grant.snapshots:
-                if self.serving.appends:
-                    store.copy(req_id, order.name, begin=order.tokens)
-                elif grant.tokens == 1:  # rows of one token are not cut
-                    store.copy(req_id, order.name)
+                if self.serving.appends or grant.tokens == 1:  # rows of one token are not cut
+                    store.leave(req_id, order.name, order.tokens)
                 covered[order.name] = order.tokens
         reports = store.report(covered, ahead)
         doomed = {

@@ -23,7 +23,9 @@ class LaneReport:
     Attributes:
         epoch: of the grant log it speaks of; a report about an earlier life of the request is ignored.
         covered: tokens of the request computed so far.
-        pages: head-pages in use now, and after 1, 2, ... more tokens if those are kept in every lane; of the rank with most.
+        pages: its own head-pages in use now, and after 1, 2, ... more tokens if those are kept in every lane; of the rank with
+            most.
+        unsettled: the same of a snapshot without those that nothing changes any more, which requests share; empty: none are.
         keep: grants [0, keep) are still needed; the worker will never again use grants [keep, seen).
         seen: length of the grant log when the worker spoke.
         dropped: keys dropped so far, summed over layers and eviction units (of all ranks).
@@ -33,7 +35,7 @@ class LaneReport:
         ends: sum over dropped keys of the first query that did not see them; None where it is not counted (GPU).
         drops: of a request that asked for its map, keys dropped since its last report: int32 [n, 3] of layer * E + unit, key,
             first query that did not see it. None for all others.
-        in_use: head-pages in use now on all ranks.
+        in_use: head-pages in use now on all ranks, shared ones too.
     """
 
     epoch: int
@@ -48,6 +50,7 @@ class LaneReport:
     ends: int | None = None
     drops: np.ndarray | None = None
     in_use: int = 0
+    unsettled: tuple[int, ...] = ()
 
     @property
     def kept_pairs(self) -> float | None:
@@ -90,8 +93,9 @@ class GrantLog:
         """Whether the worker has still to say what it needs after all that it was told to compute."""
         return self.told > (self.report.covered if self.report else 0)
 
-    def needed(self, geometry: LaneGeometry, tokens: int) -> int:
-        """Blocks that suffice for the request's first ``tokens`` tokens, whatever the gates decide from here on."""
+    def needed(self, geometry: LaneGeometry, tokens: int, shared: int = 0) -> int:
+        """Blocks that suffice for the request's first ``tokens`` tokens, whatever the gates decide from here on; with as many
+        pages beside its own as it has ``shared``."""
         dense = geometry.pages_for(tokens)
         if self.report is None:
             return geometry.blocks_for_pages(dense)
@@ -100,7 +104,7 @@ class GrantLog:
             pages = self.report.pages[more]
         else:
             pages = self.report.pages[0] + geometry.pages_for(more)
-        return geometry.blocks_for_pages(min(pages, dense))
+        return geometry.blocks_for_pages(min(pages + shared, dense))
 
     def grant(self, blocks: list[Any]) -> None:
         self.log.extend(blocks)

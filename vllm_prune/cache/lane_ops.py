@@ -19,8 +19,8 @@ from vllm_prune.cache.geometry import LaneGeometry
 
 NEVER = 2**31 - 1
 
-_ARRAYS = ("kv", "table", "length", "free_pages", "n_free", "page_lane", "page_index", "pos", "exp", "mass", "dropped", "ends",
-           "closed", "prompt", "spared", "n_spared", "events", "n_events")  # fmt: skip
+_ARRAYS = ("kv", "table", "length", "settled", "shared", "free_pages", "n_free", "page_lane", "page_index", "pos", "exp",
+           "mass", "dropped", "ends", "closed", "prompt", "spared", "n_spared", "events", "n_events")  # fmt: skip
 _SIZES = ("events_cap", "lanes", "W", "F", "T", "L", "H", "B", "N", "D", "r", "Ng", "per_layer", "units", "elem")
 
 
@@ -83,8 +83,9 @@ def _load() -> Any:
         "lanes_summarize": (None, [s, n, p, p]),
         "lanes_skip": (c_int, [s, n, n, p, p]),
         "lanes_pack": (n, [s, n, p, n, p, n]),
-        "lanes_copy": (c_int, [s, n, n, n]),
+        "lanes_copy": (c_int, [s, n, n, n, i]),
         "lanes_copy_begin": (c_int, [s, n, n, n, n]),
+        "lanes_start": (c_int, [s, n, n, n]),
         "steps_decode_open": (c_int, rows),
         "steps_decode_by_query": (c_int, [*rows, f, p, i, i]),
         "steps_decode_delayed": (c_int, [*rows, f, i, i, i]),
@@ -123,6 +124,7 @@ _ERRORS = {
     -1: "a request ran out of granted pages: a report to the scheduler was lost or came later than is allowed for, or else",
     -2: "the event buffer overflowed:",
     -3: "out of memory:",
+    -4: "a key was to be dropped that was shared because none would be:",
 }
 
 
@@ -153,6 +155,8 @@ class Lanes:
         pages = g.num_layers * num_blocks * g.num_kv_heads
         self.table = np.zeros((max_requests, g.num_lanes, width), np.int32)
         self.length = np.zeros((max_requests, g.num_lanes), np.int32)
+        self.settled = np.zeros((max_requests, g.num_lanes), np.int32)
+        self.shared = np.zeros((max_requests, g.num_lanes), np.int32)
         self.free_pages = np.zeros((max_requests, free_width), np.int32)
         self.n_free = np.zeros(max_requests, np.int32)
         self.page_lane = np.full(pages, -1, np.int32)

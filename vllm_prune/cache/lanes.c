@@ -77,6 +77,7 @@ int lanes_drop(const Store *a, int64_t s, int64_t layer, int64_t unit, const int
     for (int64_t v = count - 1; v >= 0; v--) {
         const int64_t i = victims[v];
         const int64_t at = row[i / a->N] * a->N + i % a->N;
+        if (i / a->N < *shared_of(a, s, first)) return SHARED_PAGE;
         const int error = lanes_record(a, s, layer, unit, a->pos[at], when[v]);
         if (error) return error;
         length--;
@@ -146,17 +147,23 @@ void lanes_fill_tables(const Store *a, int64_t layer, int64_t rows, const int32_
         }
 }
 
-/* Per slot, int64 [R, 10]: pages in use now, after 1 and 2 more tokens kept wherever lanes are open, keys held, keys dropped; the
- * most that a layer dropped, what the first, middle and last third of the layers did, and ``ends``. */
+/* Per slot, int64 [R, 14]: pages of its own in use now, after 1 and 2 more tokens kept wherever lanes are open, keys held, keys
+ * dropped; the most that a layer dropped, what the first, middle and last third of the layers did, and ``ends``; its own pages
+ * less those that are settled, as before; pages in use now, shared ones too. */
 void lanes_summarize(const Store *a, int64_t rows, const int32_t *slots, int64_t *out) {
-    memset(out, 0, sizeof(int64_t) * 10 * rows);
-    for (int64_t i = 0; i < rows; i++, out += 10) {
+    memset(out, 0, sizeof(int64_t) * 14 * rows);
+    for (int64_t i = 0; i < rows; i++, out += 14) {
         for (int64_t layer = 0; layer < a->L; layer++) {
             out[9] += a->ends[slots[i] * a->L + layer];
             for (int64_t h = 0; h < a->per_layer; h++) {
-                const int64_t n = page_tokens(a, h), length = *length_of(a, slots[i], layer * a->per_layer + h);
+                const int64_t lane = layer * a->per_layer + h, n = page_tokens(a, h), length = *length_of(a, slots[i], lane);
                 const int shut = h < a->H && a->closed[(slots[i] * a->L + layer) * a->units + (a->units == 1 ? 0 : h)];
-                for (int64_t more = 0; more < 3; more++) out[more] += ceil_div(length + (shut ? 0 : more), n);
+                for (int64_t more = 0; more < 3; more++) {
+                    const int64_t pages = ceil_div(length + (shut ? 0 : more), n) - *shared_of(a, slots[i], lane);
+                    out[more] += pages;
+                    out[10 + more] += pages - *settled_of(a, slots[i], lane);
+                }
+                out[13] += ceil_div(length, n);
                 if (h < a->units) out[3] += length;
             }
             int64_t gone = 0;
@@ -186,15 +193,88 @@ static int copy_lane(const Store *a, int64_t lane, int64_t h, int64_t from, int6
     return 0;
 }
 
-/* What a slot holds in a layer, and its account of it, into another slot whose lanes there are empty. */
-int lanes_copy(const Store *a, int64_t layer, int64_t from, int64_t to) {
-    for (int64_t h = 0; h < a->per_layer; h++) {
+/* Whether nothing will drop the key at index i of a unit's lane any more, where keys below position `before` without an expiry stay. */
+static int stays(const Store *a, const int32_t *row, int64_t i, int32_t before) {
+    const int64_t at = row[i / a->N] * a->N + i % a->N;
+    return a->exp[at] == NEVER && a->pos[at] < before;
+}
+
+static int whole_stays(const Store *a, const int32_t *row, int64_t index, int32_t before) {
+    for (int64_t i = index * a->N; i < (index + 1) * a->N; i++)
+        if (!stays(a, row, i, before)) return 0;
+    return 1;
+}
+
+/* A unit's K/V lanes into another slot, what stays before what may go and otherwise in their order; pages that stay as they are are
+ * copied whole. Says in `settled` how many pages are full of what stays. */
+static int copy_sorted(const Store *a, int64_t layer, int64_t unit, int64_t from, int64_t to, int32_t before) {
+    const int64_t owner = layer * a->per_layer + unit, length = *length_of(a, from, owner), full = length / a->N;
+    const int32_t *marks = row_of(a, from, owner);
+    EACH_LANE_OF(a, unit, h) {
         const int64_t lane = layer * a->per_layer + h;
-        if (copy_lane(a, lane, h, from, to, *length_of(a, from, lane))) return OUT_OF_PAGES;
+        const int32_t *row = row_of(a, from, lane);
+        int64_t n = 0;
+        for (int64_t index = 0; index < full; index++) {
+            if (!whole_stays(a, marks, index, before)) continue;
+            if (take_page(a, to, lane, n / a->N)) return OUT_OF_PAGES;
+            copy_page(a, row_of(a, to, lane)[n / a->N], row[index]);
+            n += a->N;
+        }
+        for (int going = 0; going < 2; going++) {
+            for (int64_t i = 0; i < length; i++) {
+                if (i % a->N == 0 && i / a->N < full && whole_stays(a, marks, i / a->N, before)) {
+                    i += a->N - 1;
+                    continue;
+                }
+                if (stays(a, marks, i, before) == going) continue;
+                if (n % a->N == 0 && take_page(a, to, lane, n / a->N)) return OUT_OF_PAGES;
+                const int64_t page = row_of(a, to, lane)[n / a->N], at = page * a->N + n % a->N;
+                const int64_t was = row[i / a->N] * a->N + i % a->N;
+                (a->elem == 2 ? move16 : move32)(a, h, page, n % a->N, row[i / a->N], i % a->N);
+                a->pos[at] = a->pos[was];
+                a->exp[at] = a->exp[was];
+                n++;
+            }
+            if (!going) *settled_of(a, to, lane) = (int32_t)(n / a->N);
+        }
+        *length_of(a, to, lane) = (int32_t)n;
     }
+    return 0;
+}
+
+static void copy_account(const Store *a, int64_t layer, int64_t from, int64_t to) {
     for (int64_t unit = 0; unit < a->units; unit++)
         a->dropped[(to * a->L + layer) * a->units + unit] = a->dropped[(from * a->L + layer) * a->units + unit];
     a->ends[to * a->L + layer] = a->ends[from * a->L + layer];
+}
+
+/* What a slot holds in a layer, and its account of it, into a snapshot, whose lanes there are empty. Keys at positions below `before`
+ * that have no expiry stay for good (0: nothing does). */
+int lanes_copy(const Store *a, int64_t layer, int64_t from, int64_t to, int32_t before) {
+    for (int64_t unit = 0; before > 0 && unit < a->units; unit++)
+        if (copy_sorted(a, layer, unit, from, to, before)) return OUT_OF_PAGES;
+    for (int64_t h = 0; before == 0 && h < a->per_layer; h++) {
+        const int64_t lane = layer * a->per_layer + h;
+        if (copy_lane(a, lane, h, from, to, *length_of(a, from, lane))) return OUT_OF_PAGES;
+    }
+    copy_account(a, layer, from, to);
+    return 0;
+}
+
+/* What a snapshot holds in a layer into a request that begins there: its settled pages are shared, the others copied. */
+int lanes_start(const Store *a, int64_t layer, int64_t from, int64_t to) {
+    for (int64_t h = 0; h < a->per_layer; h++) {
+        const int64_t lane = layer * a->per_layer + h, tokens = *length_of(a, from, lane);
+        const int32_t share = *settled_of(a, from, lane);
+        memcpy(row_of(a, to, lane), row_of(a, from, lane), sizeof(int32_t) * share);
+        *shared_of(a, to, lane) = share;
+        for (int64_t index = share; index < ceil_div(tokens, page_tokens(a, h)); index++) {
+            if (take_page(a, to, lane, index)) return OUT_OF_PAGES;
+            copy_page(a, row_of(a, to, lane)[index], row_of(a, from, lane)[index]);
+        }
+        *length_of(a, to, lane) = (int32_t)tokens;
+    }
+    copy_account(a, layer, from, to);
     return 0;
 }
 
@@ -212,6 +292,7 @@ int lanes_copy_begin(const Store *a, int64_t layer, int64_t from, int64_t to, in
             ends -= position + 1;
         }
         if (copy_lane(a, layer * a->per_layer + h, h, from, to, n)) return OUT_OF_PAGES;
+        *settled_of(a, to, layer * a->per_layer + h) = (int32_t)(n / page_tokens(a, h));
         if (h >= a->units) continue;
         a->dropped[(to * a->L + layer) * a->units + unit] = (int32_t)(tokens - n);
         a->ends[to * a->L + layer] += ends;

@@ -14,11 +14,14 @@
 #define OUT_OF_PAGES (-1)
 #define OUT_OF_EVENTS (-2)
 #define OUT_OF_MEMORY (-3)
+#define SHARED_PAGE (-4)
 
 typedef struct {
     void *kv;            /* [P, 2 N D] bfloat16 or float32, as raw bits */
     int32_t *table;      /* [S, lanes, W] pages of each lane */
     int32_t *length;     /* [S, lanes] tokens of each lane */
+    int32_t *settled;    /* [S, lanes] of a snapshot: leading pages of a lane, full of keys that no gate will drop */
+    int32_t *shared;     /* [S, lanes] of a request: leading pages of a lane that are a snapshot's; only read */
     int32_t *free_pages; /* [S, F] stack */
     int32_t *n_free;     /* [S] */
     int32_t *page_lane;  /* [P] owner of each page, -1 when free */
@@ -58,6 +61,8 @@ typedef struct {
 
 static inline int32_t *row_of(const Store *a, int64_t s, int64_t lane) { return a->table + (s * a->lanes + lane) * a->W; }
 static inline int32_t *length_of(const Store *a, int64_t s, int64_t lane) { return a->length + s * a->lanes + lane; }
+static inline int32_t *settled_of(const Store *a, int64_t s, int64_t lane) { return a->settled + s * a->lanes + lane; }
+static inline int32_t *shared_of(const Store *a, int64_t s, int64_t lane) { return a->shared + s * a->lanes + lane; }
 static inline int32_t position_in(const Tokens *t, int32_t start, int64_t first, int64_t i) {
     return t->positions ? t->positions[first + i] : start + (int32_t)i;
 }

@@ -51,6 +51,8 @@ class LaneStore:
         max_grants: most grants one request's log may list; past that nothing is given back until it ends.
         record: keep every drop of every request as an event (for tests, the demo and recorded truth).
         received: keep what attention each key received (gates that decide at boundaries).
+        appends: what is stored stays.
+        settles: a key that is not the newest and has no expiry stays.
         ranks: whose heads these are.
     """
 
@@ -65,6 +67,8 @@ class LaneStore:
         max_grants: int | None = None,
         record: bool = False,
         received: bool = False,
+        appends: bool = False,
+        settles: bool = False,
         ranks: Ranks | None = None,
     ) -> None:
         self.geometry = g = geometry
@@ -77,6 +81,7 @@ class LaneStore:
         dense = g.blocks_for(max_tokens)
         self.shrink_limit = (max_grants - dense) if max_grants is not None else None
         self.record = record
+        self.appends, self.settles = appends, settles and not geometry.gate_rank
         self.events: dict[tuple[str, int], list[np.ndarray]] = {}
         self.passed: dict[tuple[str, int], list[tuple[int, int]]] = {}
         self.lanes = Lanes(
@@ -145,6 +150,7 @@ class LaneStore:
             if block >= 0:  # a grant given up may belong to somebody else by now; its pages were freed then
                 self._page_view(a.page_lane, block)[:] = -1
         a.length[s] = 0
+        a.settled[s] = a.shared[s] = 0
         a.n_free[s] = 0
         a.dropped[s] = 0
         a.ends[s] = 0
@@ -174,21 +180,33 @@ class LaneStore:
             a.spared[slot, begin:end] = 1
         a.n_spared[slot] = a.spared[slot].sum()
 
-    def copy(self, origin: str, to: str, layer: int | None = None, begin: int | None = None) -> None:
-        """What one entry holds, into the pages of another that holds nothing yet: in one layer, or in all. ``begin``: what it
-        held after so many tokens, where what is stored stays. What is recorded of its drops there goes along."""
+    def leave(self, req_id: str, name: str, tokens: int, layer: int | None = None) -> None:
+        """What a request holds after its first ``tokens`` tokens, into the pages of a snapshot that holds nothing yet: in one
+        layer, or in all. That is what it holds now, unless it only ``appends``."""
         layers = range(self.geometry.num_layers) if layer is None else (layer,)
-        slots = self.slots[origin].slot, self.slots[to].slot
+        slots = self.slots[req_id].slot, self.slots[name].slot
         for at in layers:
-            if begin is None:
-                check(lib.lanes_copy(self.lanes.ref, at, *slots))
-            else:
-                check(lib.lanes_copy_begin(self.lanes.ref, at, *slots, begin))
-        if self.record:
-            self.take_events()
-            mine, theirs = (self.events[(name, self.slots[name].epoch)] for name in (to, origin))
-            found = [rows[np.isin(rows[:, 0] // self.units, layers)] for rows in theirs]
-            mine += found if begin is None else [rows[rows[:, 1] < begin] for rows in found]
+            if self.appends:
+                check(lib.lanes_copy_begin(self.lanes.ref, at, *slots, tokens))
+            else:  # the newest key may still be decided about, and is the last of its lane
+                check(lib.lanes_copy(self.lanes.ref, at, *slots, tokens - 1 if self.settles else 0))
+        self._record_too(req_id, name, layers, tokens)
+
+    def start(self, name: str, req_id: str) -> None:
+        """A request begins with what a snapshot holds. Pages in which nothing changes any more are shared: the scheduler keeps
+        their blocks for as long as the request lives."""
+        for layer in range(self.geometry.num_layers):
+            check(lib.lanes_start(self.lanes.ref, layer, self.slots[name].slot, self.slots[req_id].slot))
+        self._record_too(name, req_id, range(self.geometry.num_layers))
+
+    def _record_too(self, origin: str, to: str, layers: Sequence[int], below: int = NEVER) -> None:
+        """What is recorded of an entry's drops in these layers, of keys ``below`` a position, is so of another's too."""
+        if not self.record:
+            return
+        self.take_events()
+        mine, theirs = (self.events[(name, self.slots[name].epoch)] for name in (to, origin))
+        found = [rows[np.isin(rows[:, 0] // self.units, layers)] for rows in theirs]
+        mine += [rows[rows[:, 1] < below] for rows in found] if self.appends else found
 
     # After a step ------------------------------------------------------------------------------------------------
 
@@ -210,12 +228,12 @@ class LaneStore:
         self.take_events()
         g, a = self.geometry, self.lanes
         states = [self.slots[req_id] for req_id in covered]
-        counts = np.empty((len(states), 10), np.int64)
+        counts = np.empty((len(states), 14), np.int64)
         slots = np.asarray([state.slot for state in states], np.int32)
         lib.lanes_summarize(a.ref, len(states), slots.ctypes.data, counts.ctypes.data)
         ahead = [reserve.get(req_id, 0) if reserve else 0 for req_id in covered]
         needs = [row[n] if n < 3 else row[0] + g.pages_for(n) for n, row in zip(ahead, counts.tolist(), strict=True)]
-        in_use = counts[:, 0]
+        in_use = counts[:, 13]
         if self.ranks.several and states:
             needs, counts, in_use = self._of_all_ranks(needs, counts, slots)
         reports = {}
@@ -227,7 +245,7 @@ class LaneStore:
             reports[req_id] = LaneReport(
                 epoch=state.epoch, covered=tokens, pages=(row[0], row[1], row[2]), keep=keep,
                 seen=len(state.grants), dropped=row[4], held=row[3], peak_pages=state.peak_pages,
-                by_layer=tuple(row[5:9]), ends=row[9], drops=self._take_drops(state), in_use=used,
+                by_layer=tuple(row[5:9]), ends=row[9], drops=self._take_drops(state), in_use=used, unsettled=tuple(row[10:13]),
             )  # fmt: skip
         return reports
 
@@ -237,10 +255,11 @@ class LaneStore:
         """What ``report`` works with, joined: pages needed, counts as ``lanes_summarize`` has them, pages in use."""
         by_layer = torch.from_numpy(self.lanes.dropped[slots].sum(-1))
         told = torch.from_numpy(counts)
-        x = self.ranks.join(Counts(torch.tensor(needs), told[:, :3], told[:, 3], told[:, 9], by_layer))
+        pages = torch.cat([told[:, 13:], told[:, :3], told[:, 10:13]], dim=1)
+        x = self.ranks.join(Counts(torch.tensor(needs), pages, told[:, 3], told[:, 9], by_layer))
         assert x.in_use is not None
         held, dropped, ends = (column[:, None] for column in (x.held, x.dropped.sum(1), x.ends))
-        counted = torch.cat([x.pages, held, dropped, x.by_layer(), ends], dim=1)
+        counted = torch.cat([x.pages[:, 1:4], held, dropped, x.by_layer(), ends, x.pages[:, 4:]], dim=1)
         return x.need.tolist(), counted.numpy(), x.in_use.numpy()
 
     def _take_drops(self, state: SlotState) -> np.ndarray | None:

@@ -90,7 +90,7 @@ class PruneManager(SingleTypeKVCacheManager):
 
     def blocks_to_start(self, snapshot: Snapshot, num_tokens: int, most: int | None = None) -> int:
         """Free blocks that a request of ``num_tokens`` tokens takes to start from a snapshot: its own (``most``, where that many
-        are planned at most), and those copied from, which nobody may be given meanwhile."""
+        are planned at most), and those of the snapshot, which nobody may be given while they are read."""
         assert self.snapshots is not None
         own = snapshot.begun(0).needed(self.geometry, num_tokens)
         if most is not None:
@@ -107,7 +107,7 @@ class PruneManager(SingleTypeKVCacheManager):
         """A request starts from a snapshot: its blocks are granted with those for its next tokens."""
         assert self.snapshots is not None
         snapshot = self.starting[request_id]
-        self.snapshots.hold(snapshot)
+        self.snapshots.hold(snapshot, request_id)
         self.grants[request_id] = snapshot.begun(next(self._epochs))
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
@@ -165,6 +165,8 @@ class PruneManager(SingleTypeKVCacheManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self.grants.pop(request_id, None)
+        if self.snapshots is not None:
+            self.snapshots.release(request_id)
         return [block for block in super().pop_blocks_for_free(request_id) if not block.is_null]
 
     @classmethod

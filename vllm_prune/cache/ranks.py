@@ -21,7 +21,7 @@ class Counts:
 
     Attributes:
         need: [R], head-pages that the request may need before the scheduler hears of it; joined: the most of any rank.
-        pages: [R, A], in use now and after more tokens; joined: the most of any rank.
+        pages: [R, A], in use now, and others, such as after more tokens; joined: the most of any rank.
         held, ends: [R], keys held; sum over dropped keys of the first query that did not see them (0 where not counted).
         dropped: [R, L], keys dropped in each layer.
         in_use: [R], head-pages in use on all ranks; None before they are joined.

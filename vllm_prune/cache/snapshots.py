@@ -61,9 +61,16 @@ class Snapshot:
         return [block for block in self.log.log if block is not None]
 
     def begun(self, epoch: int) -> GrantLog:
-        """Account of a request that begins with its content: nothing granted yet, all of its pages needed."""
-        assert self.report is not None
-        return GrantLog(epoch, report=replace(self.report, epoch=epoch, seen=0, drops=None))
+        """Account of a request that begins with its content: nothing granted yet, all pages needed but those that are shared."""
+        report = self.report
+        assert report is not None
+        own = report.unsettled or report.pages
+        return GrantLog(epoch, report=replace(report, epoch=epoch, seen=0, drops=None, pages=own, unsettled=()))
+
+    @property
+    def shared(self) -> bool:
+        """Whether requests that start from it share pages of it."""
+        return self.report is not None and self.report.unsettled[:1] not in ((), self.report.pages[:1])
 
 
 @dataclass
@@ -95,6 +102,7 @@ class Snapshots:
         self._hashes: Counter[bytes] = Counter()  # of their prefixes: most lookups end here
         self._owner: dict[int, Snapshot] = {}
         self._held: list[Snapshot] = []
+        self._sharers: dict[str, Snapshot] = {}
         self._useless: list[KVCacheBlock] = []
         self._gone: list[str] = []
         self._numbers = count(1)
@@ -131,12 +139,32 @@ class Snapshots:
         snapshot = self._by_prefix.get(prefix)
         return snapshot is not None and snapshot.report is None
 
-    def hold(self, snapshot: Snapshot) -> None:
-        """Its blocks may not be handed out until the step that copies them has been told to the worker (``settle``)."""
+    def hold(self, snapshot: Snapshot, request_id: str) -> None:
+        """A request starts from it: its blocks may not be handed out until the step that copies them has been told to the worker
+        (``settle``), or, where some of its pages are shared, until the request's life is over (``release``)."""
         self.pool.touch(snapshot.blocks)
-        self._held.append(snapshot)
+        if snapshot.shared:
+            self._sharers[request_id] = snapshot
+        else:
+            self._held.append(snapshot)
         self._by_prefix.move_to_end(snapshot.prefix)
         self.used += 1
+
+    def release(self, request_id: str) -> None:
+        """A life of a request is over. What it shared is free like any snapshot, once nobody else shares it."""
+        snapshot = self._sharers.pop(request_id, None)
+        if snapshot is None:
+            return
+        if self._by_name.get(snapshot.name) is snapshot:
+            self._by_prefix.move_to_end(snapshot.prefix)
+            self.pool.unpin_blocks(snapshot.blocks, self._taken)
+        else:
+            self.pool.free_blocks(snapshot.blocks)
+
+    def shared_by(self, request_id: str) -> int:
+        """Blocks of the snapshot that a request shares pages of."""
+        snapshot = self._sharers.get(request_id)
+        return 0 if snapshot is None else snapshot.log.live
 
     def free_blocks_of(self, snapshot: Snapshot) -> int:
         """How many free blocks of the pool ``hold`` would take."""
@@ -149,10 +177,12 @@ class Snapshots:
     ) -> SnapshotOrder | None:
         """Order a snapshot of a request at ``tokens`` tokens; None where there is one, or no room for one now.
 
-        Room is for whatever the gates may keep; what they did not comes back when the worker has reported.
+        Room is for whatever the gates may keep, and for what the request shares; what it is too much comes back when the worker
+        has reported.
         """
         prefix = self.prefix(request, tokens // self.block_tokens, strength, spared)
-        room = grants.needed(self.geometry, tokens)
+        begun = self._sharers.get(request.request_id)
+        room = grants.needed(self.geometry, tokens, begun.report.pages[0] if begun and begun.report else 0)
         if prefix in self._by_prefix or room > self.pool.get_num_free_blocks():
             return None
         if len(self._by_prefix) >= self.most:

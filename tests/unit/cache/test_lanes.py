@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ GEOMETRY = LaneGeometry(L, H, D, N)
 def store_of(**changes) -> LaneStore:
     args = {"max_requests": 3, "max_tokens": 320, "num_blocks": BLOCKS, "dtype": torch.float32, "units": 1, **changes}
     store = LaneStore(args.pop("geometry", GEOMETRY), **args)
-    store.bind(list(torch.zeros(L, BLOCKS, H, N, 2 * D)))
+    store.bind(list(torch.zeros(L, args["num_blocks"], H, N, 2 * D)))
     return store
 
 
@@ -289,9 +291,9 @@ class Other:
 
 def test_the_rank_that_needs_most_decides_what_is_kept():
     def more(x: torch.Tensor) -> torch.Tensor:
-        x[:, :4] += 7  # need, and pages now and after one and two tokens
-        x[:, 4:6] += 100  # held, ends
-        x[:, 6:] += torch.tensor([1, 2, 9])
+        x[:, :8] += 7  # need, pages in use, and of its own now and after one and two tokens, all and unsettled
+        x[:, 8:10] += 100  # held, ends
+        x[:, 10:] += torch.tensor([1, 2, 9])
         return x
 
     ranks = Ranks(1, 2, True, Other(more))
@@ -325,16 +327,22 @@ def test_what_a_lane_that_only_grows_held_after_some_tokens(begin):
                 else:
                     one(store, name, layer, at)
 
-    store, short = store_of(record=True), store_of(record=True)
+    store, short = store_of(record=True, appends=True), store_of(record=True)
     for one_store, name, block in ((store, "a", 1), (short, "b", 1)):
         one_store.update(name, 1, list(range(block, block + 4)))
         one_store.reserve_events(40)
     compute(store, "a", 96)
     compute(short, "b", begin)
     store.update("b", 1, [5, 6, 7, 8])
-    store.copy("a", "b", begin=begin)
+    store.leave("a", "b", begin)
     said, want = store.report({"b": begin})["b"], short.report({"b": begin})["b"]
-    assert said == want and want.dropped == (begin + 1) // 3 and want.held == 3 * begin - want.dropped
+    settled = 2 * L * (begin // N) - 2 * (begin // N) + 2 * ((begin - want.dropped) // N)
+    assert said.unsettled == tuple(pages - settled for pages in want.pages)
+    assert (
+        replace(said, unsettled=want.unsettled) == want
+        and want.dropped == (begin + 1) // 3
+        and want.held == 3 * begin - want.dropped
+    )
     for layer in range(L):
         for head in range(H):
             assert lane(store, "b", layer, head) == lane(short, "b", layer, head)
@@ -350,10 +358,10 @@ def test_records_of_a_layer_go_along_with_its_copy():
     store.reserve_events(10)
     for layer, at in ((0, 4), (1, 6), (2, 1), (1, 9)):
         skip(store, layer, [slot], [at])
-    store.copy("a", "b", layer=1)
+    store.leave("a", "b", 10, layer=1)
     one = [[1, 0, 6], [1, 0, 9], [1, 1, 6], [1, 1, 9]]
     assert np.argwhere(store.expiries("b", 10) != NEVER).tolist() == one
-    store.copy("a", "b", layer=2)
+    store.leave("a", "b", 10, layer=2)
     assert np.argwhere(store.expiries("b", 10) != NEVER).tolist() == [*one, [2, 0, 1], [2, 1, 1]]
 
 

@@ -143,7 +143,7 @@ def test_starting_from_a_snapshot():
     """What is granted: room for its lanes and the next tokens, planned at admission; its own blocks are held meanwhile."""
     bare = Bare(blocks=30, expected_keep=0.01)
     snapshots = bare.manager.snapshots = Snapshots(bare.pool, bare.spec.geometry)
-    request = SimpleNamespace(num_tokens=600, block_hashes=[bytes([n]) for n in range(18)])
+    request = SimpleNamespace(request_id="a", num_tokens=600, block_hashes=[bytes([n]) for n in range(18)])
     order = snapshots.make(request, GrantLog(1), 320, 1.0, ())
     assert order is not None and len(order.blocks) == 10
     snapshots.settle()
@@ -156,13 +156,41 @@ def test_starting_from_a_snapshot():
     ask = bare.manager.get_num_blocks_to_allocate
     assert ask("b", 600, [], 320, 0, 600) == dense + 4
     assert ask("b", 600, [], 320, 0, 600, apply_admission_cap=True) == planned + 4
-    snapshots.hold(found)
+    snapshots.hold(found, "a")
     assert ask("b", 600, [], 320, 0, 600) == dense, "somebody else holds its blocks already"
     snapshots.settle()
     bare.manager.allocate_external_computed_blocks("b", 0, 320)
     assert bare.manager.grants["b"].report.covered == 320 and bare.pool.get_num_free_blocks() == 29 - 4
     bare.manager.add_local_computed_blocks("b", [], 0, 0)
     assert bare.grant("b", 352) == 5 == bare.manager.grants["b"].live and bare.grant("b", 352) == 0
+
+
+def test_sharing_a_snapshot():
+    """Of its own a request needs what changes; the snapshot's blocks are its as long as it lives, and then free."""
+    bare = Bare(blocks=30)
+    snapshots = bare.manager.snapshots = Snapshots(bare.pool, bare.spec.geometry)
+    request = SimpleNamespace(request_id="a", num_tokens=400, block_hashes=[bytes([n]) for n in range(12)])
+    order = snapshots.make(request, GrantLog(1), 320, 1.0, ())
+    assert order is not None
+    snapshots.settle()
+    said = report(epoch=order.epoch, covered=320, pages=(24, 30, 30), unsettled=(6, 12, 12), keep=4, seen=10)
+    snapshots.accept(order.name, said)
+    found = snapshots.find(request, 1.0, ())
+    assert found is not None and found.shared
+    for name in ("b", "c"):
+        bare.manager.starting[name] = found
+        free = bare.pool.get_num_free_blocks()
+        taken = 4 if name == "b" else 0
+        assert bare.manager.get_num_blocks_to_allocate(name, 352, [], 320, 0, 352) == 2 + taken
+        bare.manager.allocate_external_computed_blocks(name, 0, 320)
+        bare.manager.add_local_computed_blocks(name, [], 0, 0)
+        assert bare.grant(name, 352) == 2 and bare.pool.get_num_free_blocks() == free - taken - 2
+        snapshots.settle()
+    assert bare.pool.get_num_free_blocks() == 29 - 4 - 2 * 2, "once for both"
+    for name, free in (("b", 29 - 4 - 2), ("c", 29)):
+        assert snapshots.shared_by(name) == 4
+        bare.manager.free(name)
+        assert bare.pool.get_num_free_blocks() == free
 
 
 def test_waiting_for_a_report_has_an_end():

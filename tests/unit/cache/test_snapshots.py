@@ -21,7 +21,9 @@ GEOMETRY = LaneGeometry(num_layers=2, num_kv_heads=1, head_size=16, block_tokens
 def asked(letters: str, tokens: int | None = None) -> SimpleNamespace:
     """A request of whole blocks and ``tokens`` in all; by default three more than these hold."""
     hashes = [letters[: n + 1].encode() for n in range(len(letters))]
-    return SimpleNamespace(num_tokens=len(letters) * N + 3 if tokens is None else tokens, block_hashes=hashes)
+    return SimpleNamespace(
+        request_id="asker", num_tokens=len(letters) * N + 3 if tokens is None else tokens, block_hashes=hashes
+    )
 
 
 def holder(blocks: int = 20, **options: int) -> Snapshots:
@@ -51,9 +53,10 @@ class Steps:
             OrderedDict()
         )  # [name, tokens, blocks, epoch, reported]; oldest first
         self.pinned: set[str] = set()
+        self.shares: dict[str, tuple[str, set[int]]] = {}  # of requests that live: snapshot and its blocks
         self.others: list[Any] = []
         self.gone: set[str] = set()
-        self.lost = self.spared = self.made = self.used = 0
+        self.lost = self.spared = self.made = self.used = self.shared = self.orphans = 0
         self.loose = False  # whether blocks came free that have still to go to the front of the queue
 
     def letters(self) -> str:
@@ -69,6 +72,7 @@ class Steps:
         """The pool has handed out blocks: who was held in them is gone."""
         for prefix in [one for one, own in self.alive.items() if set(own[2]) & set(blocks)]:
             assert self.alive[prefix][0] not in self.pinned, "it was promised until the step is told"
+            assert self.alive[prefix][0] not in dict(self.shares.values()), "somebody reads it"
             self.ends(prefix)
 
     def make(self) -> None:
@@ -104,7 +108,9 @@ class Steps:
                 continue
             left, free = self.rng.randint(1, len(blocks)), self.pool.get_num_free_blocks()
             assert self.snapshots.being_made(prefix)
-            assert self.snapshots.accept(name, report(epoch=epoch, covered=tokens, keep=left, seen=len(blocks)))
+            pages = self.rng.choice([(), (9, 9, 9), (5, 9, 9), (0, 9, 9)])  # of its nine those that change
+            told_of = report(epoch=epoch, covered=tokens, keep=left, seen=len(blocks), pages=(9, 9, 9), unsettled=pages)
+            assert self.snapshots.accept(name, told_of)
             assert self.pool.get_num_free_blocks() == free, "they were free before"
             assert not self.snapshots.being_made(prefix)
             own[2:] = [blocks[:left], epoch, True]
@@ -126,22 +132,43 @@ class Steps:
             return
         blocks, free = {block.block_id for block in found.blocks}, self.pool.get_num_free_blocks()
         assert blocks == set(self.alive[found.prefix][2])
-        takes = 0 if found.name in self.pinned else len(blocks)
+        takes = 0 if found.name in self.pinned or found.name in dict(self.shares.values()) else len(blocks)
         assert self.snapshots.free_blocks_of(found) == takes
-        self.snapshots.hold(found)
+        self.used += 1
+        name = f"r{self.used}"
+        self.snapshots.hold(found, name)
         assert self.pool.get_num_free_blocks() == free - takes
         begun = found.begun(7000)
         assert begun.report is not None and found.report is not None
         assert begun.epoch == begun.report.epoch == 7000 != found.report.epoch and not begun.log
         assert begun.report.seen == 0 and begun.report.drops is None and begun.report.covered == found.tokens
-        self.pinned.add(found.name)
+        left = found.report.unsettled or found.report.pages
+        assert begun.report.pages == left and found.shared == (left[0] < 9)
+        assert self.snapshots.shared_by(name) == (len(blocks) if found.shared else 0)
+        if found.shared:
+            self.shares[name] = found.name, blocks
+            self.shared += 1
+        else:
+            self.pinned.add(found.name)
         self.alive.move_to_end(found.prefix)
-        self.used += 1
+
+    def request_ends(self) -> None:
+        """Of somebody who may have shared pages, of a snapshot that may be gone."""
+        name = self.rng.choice([*self.shares, "somebody else"])
+        free, (snapshot, blocks) = self.pool.get_num_free_blocks(), self.shares.pop(name, ("", set()))
+        self.snapshots.release(name)
+        back = 0 if snapshot in self.pinned or snapshot in dict(self.shares.values()) else len(blocks)
+        assert self.pool.get_num_free_blocks() == free + back and self.snapshots.shared_by(name) == 0
+        known = [prefix for prefix, own in self.alive.items() if own[0] == snapshot]
+        for prefix in known:
+            self.alive.move_to_end(prefix)
+        self.orphans += bool(snapshot) and not known
 
     def others_take(self) -> None:
         free = self.pool.get_num_free_blocks()
         count = min(self.rng.randint(1, 6), free)
-        owned = sum(len(own[2]) for own in self.alive.values() if own[0] not in self.pinned)
+        busy = {*self.pinned, *dict(self.shares.values())}
+        owned = sum(len(own[2]) for own in self.alive.values() if own[0] not in busy)
         before, order = len(self.alive), list(self.alive)
         new = self.pool.get_new_blocks(count)
         self.others.append(new)
@@ -156,7 +183,7 @@ class Steps:
 
     def reset(self) -> None:
         done = self.pool.reset_prefix_cache()
-        assert done == (not any(self.others) and not self.pinned)
+        assert done == (not any(self.others) and not self.pinned and not self.shares)
         for prefix in list(self.alive) if done else ():
             self.ends(prefix)
 
@@ -167,21 +194,28 @@ class Steps:
         assert self.snapshots._hashes == hashes and len(self.snapshots._hashes) == len(hashes)
         counts = (self.snapshots.lost, self.snapshots.made, self.snapshots.used)
         assert counts == (self.lost, self.made, self.used)
-        assert not set(owned) & {block.block_id for some in self.others for block in some}
-        busy = sum(len(own[2]) for own in self.alive.values() if own[0] in self.pinned) + sum(map(len, self.others))
-        assert self.pool.get_num_free_blocks() == self.total - busy
+        others = {block.block_id for some in self.others for block in some}
+        read = {block for _, blocks in self.shares.values() for block in blocks}
+        assert not others & {*owned, *read}
+        pinned = {block for own in self.alive.values() if own[0] in self.pinned for block in own[2]}
+        assert self.pool.get_num_free_blocks() == self.total - len(others) - len(pinned | read)
 
 
 def test_steps():
-    seen = Counter[str]()
-    for seed in range(60):
+    seen, orphans = Counter[str](), 0
+    for seed in range(80):
         steps = Steps(random.Random(seed))
-        does = [steps.make, steps.step, steps.step, steps.start, steps.others_take, steps.others_give_back]
+        does = [
+            *[steps.make, steps.others_take, steps.others_give_back] * 2, *[steps.step] * 4, *[steps.start] * 4,
+            *[steps.request_ends] * 3,
+        ]  # fmt: skip
         for number in range(120):
             (steps.reset if number % 40 == 39 else steps.rng.choice(does))()
             steps.check()
         seen.update(lost=steps.lost, spared=steps.spared, used=steps.used, made=steps.made)
-    assert min(seen.values()) > 50, seen
+        seen.update(shared=steps.shared)
+        orphans += steps.orphans
+    assert min(seen.values()) > 50 and orphans > 3, (seen, orphans)
 
 
 def test_the_least_recently_used_goes_first():
@@ -189,7 +223,7 @@ def test_the_least_recently_used_goes_first():
     names = {letters: held(snapshots, letters * 3) for letters in "abc"}
     snapshots.settle()
     assert snapshots.blocks == 3 and snapshots.pool.get_num_free_blocks() == 9 and snapshots.made == 3
-    snapshots.hold(snapshots.find(asked("aaa"), 1.0, ()))
+    snapshots.hold(snapshots.find(asked("aaa"), 1.0, ()), "r")
     snapshots.settle()
     snapshots.pool.get_new_blocks(7)  # six that nobody wants, and one
     assert snapshots.take_gone() == [names["b"]] and snapshots.lost == 1 and snapshots.used == 1
