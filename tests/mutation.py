@@ -28,7 +28,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks"), str(ROOT)]
-GRANTS, LEMMAS, MANAGER, ADMISSION, LANES, LANE_OPS, RECEIVED, SNAPSHOTS, PARTINGS = (
+GRANTS, LEMMAS, MANAGER, ADMISSION, LANES, LANE_OPS, RECEIVED, SNAPSHOTS, PARTINGS, SHARED = (
     f"tests/unit/cache/test_{name}.py"
     for name in (
         "grants",
@@ -40,27 +40,29 @@ GRANTS, LEMMAS, MANAGER, ADMISSION, LANES, LANE_OPS, RECEIVED, SNAPSHOTS, PARTIN
         "received_lanes",
         "snapshots",
         "partings",
+        "shared_pages",
     )
 )
 LAW3 = "tests/integration/test_law3_state_machine.py::test_pool_and_lanes"
 TESTS: dict[str, list[str]] = {
     "manager": [MANAGER, ADMISSION, f"{LAW3}[dcp]"],
-    "lanes": [LANES, LANE_OPS, RECEIVED, f"{LAW3}[dms]"],
+    "lanes": [LANES, SHARED, LANE_OPS, RECEIVED, f"{LAW3}[dms]"],
     "grants": [GRANTS, LEMMAS, MANAGER, ADMISSION],
     "promise": [LEMMAS],
-    "snapshots": [SNAPSHOTS, f"{LAW3}[dcp]"],
+    "snapshots": [SNAPSHOTS, MANAGER, f"{LAW3}[dms]"],
     "partings": [PARTINGS, f"{LAW3}[dcp]"],
     "ranks": ["tests/unit/cache/test_ranks.py", LANES],
     "views": [LANES, LANE_OPS],
     "spec": [MANAGER, f"{LAW3}[dcp_kv_head]"],
     "geometry": [GRANTS, LEMMAS, MANAGER],
-    "lane_ops": [LANES, LANE_OPS, RECEIVED, f"{LAW3}[dcp_kv_head]", f"{LAW3}[dms]"],
+    "lane_ops": [LANES, SHARED, LANE_OPS, RECEIVED, f"{LAW3}[dcp_kv_head]", f"{LAW3}[dms]"],
 }
 """Module of ``vllm_prune/cache`` to the tests that must notice, one file after the other."""
 INTERPRETED = {"device_store": ["tests/integration/device_laws.py::test_law_2", "tests/unit/kernels/kernel_ranks.py",
                                 "tests/integration/device_laws.py::test_prefixes"]}  # fmt: skip
 TESTS |= INTERPRETED
-"""Modules whose tests run under Triton's interpreter, chosen before Triton is imported: each in a process from its beginning."""
+"""Modules whose tests run under Triton's interpreter, chosen before Triton is imported: these alone, or each of their faults in
+a process from its beginning."""
 SLOWER = (ADMISSION, LAW3)
 """Left out with ``--fast``: what lives then may not have lived."""
 DESELECT = ("storms", "all_ranks_hear")
@@ -137,7 +139,7 @@ def begun(module: str, path: Path, source: str, fast: bool) -> int:
             quiet = os.open(os.devnull, os.O_WRONLY)
             os.dup2(quiet, 1)
             os.dup2(quiet, 2)
-            if module in INTERPRETED:
+            if module in INTERPRETED and os.environ.get("TRITON_INTERPRET") != "1":
                 place = Path(tempfile.mkstemp(suffix=".py")[1])
                 place.write_text(source)
                 told = [str(x) for x in (Path(__file__), "--json", place, "--only", module, "--inside")]
@@ -213,6 +215,8 @@ def main() -> None:
         sys.meta_path.insert(0, Changed(f"vllm_prune.cache.{module}", ROOT / f"vllm_prune/cache/{module}.py", source))
         sys.exit(run_tests(module, args.fast))
     os.environ["VLLM_PRUNE_HISTORIES"] = "3"
+    if set(args.only or TESTS) <= set(INTERPRETED):
+        os.environ["TRITON_INTERPRET"] = "1"
     preload()
     modules: dict[str, Any] = {}
     for module in args.only or TESTS:

@@ -233,6 +233,7 @@ static int copy_sorted(const Store *a, int64_t layer, int64_t unit, int64_t from
                 (a->elem == 2 ? move16 : move32)(a, h, page, n % a->N, row[i / a->N], i % a->N);
                 a->pos[at] = a->pos[was];
                 a->exp[at] = a->exp[was];
+                if (a->mass) a->mass[at] = a->mass[was];
                 n++;
             }
             if (!going) *settled_of(a, to, lane) = (int32_t)(n / a->N);
