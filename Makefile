@@ -8,6 +8,8 @@ TOOLS := .venv-release
 # Tests and the demo run small engines: one OpenMP thread each is fastest on few cores.
 export OMP_NUM_THREADS ?= 1
 export VLLM_NO_USAGE_STATS = 1
+# Bytecode is kept where an environment says otherwise: installed without any, vLLM is imported by a hundred processes of the tests.
+export PYTHONDONTWRITEBYTECODE =
 # Test processes, each with up to 4 GiB: one more than the cores of a small machine, since tests of servers wait a good deal.
 WORKERS ?= 3
 

@@ -2,8 +2,9 @@
 
 A report is [pages in use now, after 1, 2, 3, 4 more tokens kept in every lane; keep: log index from which no grant is needed any
 more; keys held; keys dropped; grants left; grants before; error; most keys dropped in a layer, and those of the first, middle
-and last third of the layers]. Packing moves every page in use out of the grants that are
-given up, so that what the report says is true when it is read, however late. ``close_naive`` is the twin. Letters: ``lanes``.
+and last third of the layers; pages settled; pages shared]. Packing moves every page in use out of the grants that are
+given up, so that what the report says is true when it is read, however late. Pages are those of its own; a snapshot also says how
+many of them are settled, a request how many it shares besides. ``close_naive`` is the twin. Letters: ``lanes``.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def _release(
 
 @triton.jit
 def _report(
-    rows, held, length, n_live, live_block, live_index, n_free, live_start, gone_start, dropped, error, out, lanes, G, counts,
+    rows, held, shared, settled, length, n_live, live_block, live_index, n_free, live_start, gone_start, dropped, error, out,
+    lanes, G, counts,
     PER_LAYER: tl.constexpr, H: tl.constexpr, E: tl.constexpr, N: tl.constexpr, NG: tl.constexpr, Q: tl.constexpr,
     OUT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -51,7 +53,7 @@ def _report(
     row = rows + 4 * tl.program_id(0)
     slot, ahead, more, seen = tl.load(row).to(tl.int64), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     o = tl.arange(0, TILE)
-    p0, p1, p2, p3, p4, keys, need = 0, 0, 0, 0, 0, 0, 0
+    p0, p1, p2, p3, p4, keys, need, theirs, sure = 0, 0, 0, 0, 0, 0, 0, 0, 0
     for at in range(0, lanes, TILE):
         lane = at + o
         ok = lane < lanes
@@ -67,7 +69,9 @@ def _report(
         p4 += tl.sum(tl.where(ok, (tokens + 3 + size) // size, 0), 0)
         need += tl.sum(tl.where(ok, (tokens + tl.maximum(ahead, 0) + size - 1) // size, 0), 0)
         keys += tl.sum(tl.where(ok & (h < E), tokens, 0), 0)
-    need += more
+        theirs += tl.sum(tl.load(shared + slot * lanes + lane, mask=ok, other=0), 0)
+        sure += tl.sum(tl.load(settled + slot * lanes + lane, mask=ok, other=0), 0)
+    need += more - theirs
     gone, most, gone0, gone1, gone2 = 0, 0, 0, 0, 0
     layers = counts // E
     for at in range(0, layers, TILE):
@@ -107,11 +111,11 @@ def _report(
     tl.store(n_live + slot, stay)
     last = tl.load(live_index + slot * G + stay - 1) + 1
     say = out + tl.program_id(0) * OUT
-    tl.store(say, p0)
-    tl.store(say + 1, p1)
-    tl.store(say + 2, p2)
-    tl.store(say + 3, p3)
-    tl.store(say + 4, p4)
+    tl.store(say, p0 - theirs)
+    tl.store(say + 1, p1 - theirs)
+    tl.store(say + 2, p2 - theirs)
+    tl.store(say + 3, p3 - theirs)
+    tl.store(say + 4, p4 - theirs)
     tl.store(say + 5, tl.where(stay < grants, last, seen))
     tl.store(say + 6, keys)
     tl.store(say + 7, gone)
@@ -122,6 +126,8 @@ def _report(
     tl.store(say + 12, gone0)
     tl.store(say + 13, gone1)
     tl.store(say + 14, gone2)
+    tl.store(say + 15, sure)
+    tl.store(say + 16, theirs)
 
 
 @triton.jit
@@ -184,8 +190,8 @@ def close(lanes: Lanes, kv: torch.Tensor, rows: torch.Tensor, most_tokens: int) 
         PER_LAYER=s.per_layer, NG=s.gate_page_tokens, TILE=TILE, **shape,
     )  # fmt: skip
     _report[(len(rows),)](
-        rows, lanes.held, lanes.length, lanes.n_live, lanes.live_block, lanes.live_index, lanes.n_free, lanes.live_start,
-        lanes.gone_start, lanes.dropped, lanes.error, out, s.lanes, s.grants, s.layers * s.units,
+        rows, lanes.held, lanes.shared, lanes.settled, lanes.length, lanes.n_live, lanes.live_block, lanes.live_index,
+        lanes.n_free, lanes.live_start, lanes.gone_start, lanes.dropped, lanes.error, out, s.lanes, s.grants, s.layers * s.units,
         PER_LAYER=s.per_layer, E=s.units, NG=s.gate_page_tokens, OUT=REPORT, TILE=TILE, **shape,
     )  # fmt: skip
     _pack[(len(rows), PACKERS)](
@@ -202,8 +208,9 @@ def close_naive(lanes: Lanes, kv: torch.Tensor, rows: torch.Tensor) -> torch.Ten
     s = lanes.sizes
     out = torch.zeros(len(rows), REPORT, dtype=torch.int32)
     for r, (slot, ahead, more, seen) in enumerate(rows.tolist()):
-        pages = [0] * 5
-        need = more
+        theirs = int(lanes.shared[slot].sum())
+        pages = [-theirs] * 5
+        need = more - theirs
         for lane in range(s.lanes):
             size, tokens = page_tokens_of(lanes, lane), int(lanes.length[slot, lane])
             use = -(-tokens // size)
@@ -237,6 +244,7 @@ def close_naive(lanes: Lanes, kv: torch.Tensor, rows: torch.Tensor) -> torch.Ten
         )
         gone = lanes.dropped[slot].sum(-1).tolist()
         thirds = [sum(gone[i] for i in range(s.layers) if 3 * i // s.layers == third) for third in range(3)]
-        said = [*pages, keep, held, sum(gone), stay, grants, int(lanes.error), max(gone), *thirds]
+        said = [*pages, keep, held, sum(gone), stay, grants, int(lanes.error), max(gone), *thirds, int(lanes.settled[slot].sum()),
+                theirs]  # fmt: skip
         out[r, : len(said)] = torch.tensor(said, dtype=torch.int32)
     return out

@@ -1,4 +1,5 @@
-"""What one slot holds goes into the pages of another, which ``plan`` has given it: snapshots of prefixes, and starts from them.
+"""What one slot holds goes into the pages of another, which ``plan`` has given it: snapshots of prefixes, and starts from them,
+where pages that are shared (``share``) need no copy.
 
 ``copy_lanes_naive`` is the twin. Letters as in ``lanes``.
 """
@@ -18,18 +19,19 @@ PROGRAMS = 8
 
 @triton.jit(do_not_specialize=["layer"])
 def _copy(
-    rows, table, length, position, expiry, kv, dropped, recorded, layer, layers, lanes, W, most,
+    rows, columns, table, shared, length, position, expiry, kv, dropped, recorded, layer, layers, lanes, W, most,
     PER_LAYER: tl.constexpr, H: tl.constexpr, E: tl.constexpr, N: tl.constexpr, NG: tl.constexpr, PAGE: tl.constexpr,
     COPY: tl.constexpr,
 ):  # fmt: skip
-    row = rows + 2 * tl.program_id(0)
+    row = rows + columns * tl.program_id(0)
     origin, slot = tl.load(row).to(tl.int64), tl.load(row + 1).to(tl.int64)
     lane = layer * PER_LAYER + tl.program_id(1)
     h, at_layer = lane % PER_LAYER, lane // PER_LAYER
     tokens = tl.load(length + origin * lanes + lane)
     size = tl.where(h < H, N, NG)
     n, c = tl.arange(0, N), tl.arange(0, COPY)
-    for index in range(tl.program_id(2), (tokens + size - 1) // size, tl.num_programs(2)):
+    begin = tl.load(shared + slot * lanes + lane) + tl.program_id(2)
+    for index in range(begin, (tokens + size - 1) // size, tl.num_programs(2)):
         source = tl.load(table + (origin * lanes + lane) * W + index).to(tl.int64)
         target = tl.load(table + (slot * lanes + lane) * W + index).to(tl.int64)
         for at in range(0, PAGE, COPY):
@@ -57,29 +59,29 @@ def copy_lanes(lanes: Lanes, kv: torch.Tensor, rows: torch.Tensor, layer: int | 
 
     Args:
         kv: [P, 2 N D], the cache.
-        rows: int32 [n, 2]: slot from which, slot to which. No slot is on both sides.
+        rows: int32 [n, 2 or more]: slot from which, slot to which. No slot is on both sides.
         layer: 0 to L - 1, or None for all of them.
     """
     if len(rows) == 0:
         return
     s = lanes.sizes
     _copy[(len(rows), s.lanes if layer is None else s.per_layer, PROGRAMS)](
-        rows, lanes.table, lanes.length, lanes.position, lanes.expiry, kv, lanes.dropped, lanes.recorded, layer or 0, s.layers,
-        s.lanes, s.width, lanes.record_tokens, PER_LAYER=s.per_layer, H=s.heads, E=s.units, N=s.page_tokens,
-        NG=s.gate_page_tokens, PAGE=s.page_numbers, COPY=min(1024, triton.next_power_of_2(s.page_numbers)),
+        rows, rows.stride(0), lanes.table, lanes.shared, lanes.length, lanes.position, lanes.expiry, kv, lanes.dropped,
+        lanes.recorded, layer or 0, s.layers, s.lanes, s.width, lanes.record_tokens, PER_LAYER=s.per_layer, H=s.heads, E=s.units,
+        N=s.page_tokens, NG=s.gate_page_tokens, PAGE=s.page_numbers, COPY=min(1024, triton.next_power_of_2(s.page_numbers)),
     )  # fmt: skip
 
 
 def copy_lanes_naive(lanes: Lanes, kv: torch.Tensor, rows: torch.Tensor, layer: int | None = None) -> None:
     """``copy_lanes``, page by page."""
     s = lanes.sizes
-    for origin, slot in rows.tolist():
+    for origin, slot in rows[:, :2].tolist():
         for lane in range(s.lanes):
             at, h = lane // s.per_layer, lane % s.per_layer
             if layer is not None and at != layer:
                 continue
             tokens = int(lanes.length[origin, lane])
-            for index in range(-(-tokens // page_tokens_of(lanes, lane))):
+            for index in range(int(lanes.shared[slot, lane]), -(-tokens // page_tokens_of(lanes, lane))):
                 source, target = int(lanes.table[origin, lane, index]), int(lanes.table[slot, lane, index])
                 kv[target] = kv[source]
                 if h < s.units:

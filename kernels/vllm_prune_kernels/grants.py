@@ -14,13 +14,16 @@ from .lanes import NEVER, Lanes
 
 @triton.jit
 def _forget(
-    rows, held, length, n_live, slot_of_block, dropped, recorded, lanes, counts, numbers, NEVER: tl.constexpr, TILE: tl.constexpr
+    rows, held, shared, settled, length, n_live, slot_of_block, dropped, recorded, lanes, counts, numbers,
+    NEVER: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     slot = tl.load(rows + 2 * tl.program_id(0)).to(tl.int64)
     block = tl.load(rows + 2 * tl.program_id(0) + 1)
     o = tl.arange(0, TILE)
     for at in range(0, lanes, TILE):
         tl.store(held + slot * lanes + at + o, 0, mask=at + o < lanes)
+        tl.store(shared + slot * lanes + at + o, 0, mask=at + o < lanes)
+        tl.store(settled + slot * lanes + at + o, 0, mask=at + o < lanes)
         tl.store(length + slot * lanes + at + o, 0, mask=at + o < lanes)
     for at in range(0, counts, TILE):
         tl.store(dropped + slot * counts + at + o, 0, mask=at + o < counts)
@@ -60,8 +63,8 @@ def forget(lanes: Lanes, rows: torch.Tensor) -> None:
     s = lanes.sizes
     counts = s.layers * s.units
     _forget[(len(rows),)](
-        rows, lanes.held, lanes.length, lanes.n_live, lanes.slot_of_block, lanes.dropped, lanes.recorded, s.lanes, counts,
-        counts * lanes.record_tokens, NEVER=NEVER, TILE=256,
+        rows, lanes.held, lanes.shared, lanes.settled, lanes.length, lanes.n_live, lanes.slot_of_block, lanes.dropped,
+        lanes.recorded, s.lanes, counts, counts * lanes.record_tokens, NEVER=NEVER, TILE=256,
     )  # fmt: skip
 
 
@@ -83,7 +86,7 @@ def grant(lanes: Lanes, news: torch.Tensor) -> None:
 def forget_naive(lanes: Lanes, rows: torch.Tensor) -> None:
     """``forget``, slot by slot."""
     for slot, block in rows.tolist():
-        for x in (lanes.held, lanes.length, lanes.n_live, lanes.dropped):
+        for x in (lanes.held, lanes.shared, lanes.settled, lanes.length, lanes.n_live, lanes.dropped):
             x[slot] = 0
         lanes.slot_of_block[block] = -1
         if lanes.record_tokens:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 import torch
 
 NEVER = 2**31 - 1
-REPORT = 15
+REPORT = 17
 """Numbers of a request's report: see ``close``."""
 AHEAD = 5
 """Pages in use now and after 1 to 4 more tokens, at the head of a report."""
@@ -76,7 +76,9 @@ class Lanes:
 
     Attributes:
         sizes: of everything.
-        table: int32 [S, Z, W], pages of each lane; held: int32 [S, Z], how many of them are its own.
+        table: int32 [S, Z, W], pages of each lane; held: int32 [S, Z], how many there are.
+        shared: int32 [S, Z], of a request, how many of these, its first, are a snapshot's; settled: int32 [S, Z], of a snapshot,
+            how many of its first ones nothing changes any more.
         length: int32 [S, Z], tokens.
         position, expiry, link: int32 [P, N], of each slot of the first lane of a unit; ``link`` is scratch of ``retire``.
         page_lane, page_index: int32 [P], owner of a page (-1: free) and its place in the owner's table row.
@@ -95,6 +97,8 @@ class Lanes:
     sizes: Sizes
     table: torch.Tensor
     held: torch.Tensor
+    shared: torch.Tensor
+    settled: torch.Tensor
     length: torch.Tensor
     position: torch.Tensor
     expiry: torch.Tensor
@@ -129,7 +133,7 @@ class Lanes:
 
         slots = (s.pages, s.page_tokens)
         return cls(
-            s, full(0, s.slots, s.lanes, s.width), full(0, s.slots, s.lanes), full(0, s.slots, s.lanes),
+            s, full(0, s.slots, s.lanes, s.width), *(full(0, s.slots, s.lanes) for _ in range(4)),
             full(0, *slots), full(0, *slots), full(0, *slots), full(-1, s.pages), full(0, s.pages),
             full(0, s.blocks, s.block_pages), full(0, s.blocks), full(0, s.slots, s.grants), full(0, s.slots, s.grants),
             full(0, s.slots), full(0, s.slots, s.grants + 1), full(0, s.slots, s.grants + 1), full(0, s.slots, s.lanes),
@@ -158,7 +162,7 @@ def bytes_per_page(sizes: Sizes) -> int:
 def fixed_bytes(sizes: Sizes) -> int:
     """Bookkeeping that does not grow with the pool."""
     s = sizes
-    return 4 * s.slots * (s.lanes * (s.width + 3) + 4 * s.grants + s.layers * s.units + s.words + 5)
+    return 4 * s.slots * (s.lanes * (s.width + 5) + 4 * s.grants + s.layers * s.units + s.words + 5)
 
 
 def to_device(rows: list[tuple[int, ...]] | list[int], columns: int, device: torch.device) -> torch.Tensor:

@@ -76,7 +76,7 @@ def same(llm: Any, hot: list[Any], cold: list[Any], *, blocks: bool = False) -> 
         a, b = ([next(iter(x.values())).logprob for x in o.outputs[0].logprobs] for o in (one, other))
         np.testing.assert_allclose(a, b, atol=2e-4)
         said, told = (o.kv_transfer_params["vllm_prune"] for o in (one, other))
-        assert {key: said[key] for key in TOLD} == {key: told[key] for key in TOLD}
+        assert {key: said[key] for key in TOLD} == {key: told[key] for key in TOLD}, (said, told)
 
 
 @pytest.fixture(scope="module", params=HELD)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm_prune_kernels.copy import copy_lanes
 from vllm_prune_kernels.crossing import crossing
 from vllm_prune_kernels.decode import decode, splits_for
 from vllm_prune_kernels.marks import at_write, delayed
@@ -109,7 +108,7 @@ class PruneCUDAImpl(GatedImpl):
                 m, part, query, output, m.splits if part is rows else splits_for(part.count, self.num_kv_heads)
             )
             if copies is not None:
-                copy_lanes(lanes, kv, copies, self.index)
+                state.store.leave(copies, self.index)
         return output
 
     def _decode(

@@ -40,8 +40,8 @@ class DeviceAttentionMetadata:
         block_table: int32 [R, W']; seq_lens: int32 [R]: vLLM's.
         most_tokens: the most tokens a row has.
         splits: programs a row and KV head in decode attention.
-        parts: rows in the order in which each layer takes them, and what it copies after each (``copy_lanes``); found by the
-            first layer of a step that is not of single tokens. Several where rows are cut for snapshots.
+        parts: rows in the order in which each layer takes them, and which snapshots it leaves after each (``leave``); found by
+            the first layer of a step that is not of single tokens. Several where rows are cut for snapshots.
     """
 
     state: DeviceState
@@ -88,8 +88,8 @@ class DeviceState(StepState):
         self.store = DeviceStore(
             self.spec.geometry, slots, self.max_tokens, views[0].shape[0], self.serving.num_units,
             self.spec.max_grants(self.max_tokens), self.device,
-            partial(knobs_of, self.layers[0].drop_gate, self.layers[0].section), self.record,  # type: ignore[arg-type]
-            self.ranks,
+            partial(knobs_of, self.layers[0].drop_gate, self.layers[0].section),  # type: ignore[arg-type]
+            self.serving.undecided, self.record, self.ranks,
         )  # fmt: skip
         self.store.bind(views)
 

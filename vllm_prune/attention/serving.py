@@ -63,9 +63,11 @@ class ServedGate:
         return self.routes or self.reveal is Reveal.NONE
 
     @property
-    def settles(self) -> bool:
-        """Whether a key that has no expiry once the next token is there will never get one."""
-        return not self.routes and self.reveal in (None, Reveal.DELAYED, Reveal.AT_WRITE)
+    def undecided(self) -> int | None:
+        """How many of the newest keys may still get an expiry if they have none, or more; None: any key may, at any time."""
+        if self.reveal is None:
+            return 0
+        return 1 if not self.routes and self.reveal in (Reveal.DELAYED, Reveal.AT_WRITE) else None
 
     @property
     def by_token(self) -> bool:

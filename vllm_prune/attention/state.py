@@ -128,7 +128,7 @@ class WorkerState(StepState):
             record=self.record,
             received=self.serving.reveal is Reveal.AT_BOUNDARY,
             appends=self.serving.appends,
-            settles=self.serving.settles,
+            undecided=self.serving.undecided,
             ranks=self.ranks,
         )
         self.store.bind(views)

@@ -18,6 +18,7 @@ from vllm_prune_kernels.copy import copy_lanes
 from vllm_prune_kernels.grants import forget, grant
 from vllm_prune_kernels.lanes import AHEAD, NEVER, REPORT, Lanes, Sizes, send
 from vllm_prune_kernels.plan import plan
+from vllm_prune_kernels.share import share, sort_lanes
 
 from vllm_prune.cache.geometry import LaneGeometry, cdiv
 from vllm_prune.cache.grants import LaneReport
@@ -68,7 +69,8 @@ class Cuts:
 
     Attributes:
         at: int32 [S, C], positions by slot, ascending; NEVER where there is none.
-        copies: for each of C cuts, int32 [n, 2], slots from which and to which lanes are then copied.
+        copies: for each of C cuts, int32 [n, 3], slots from which and to which lanes are then copied, and the position below
+            which keys without expiry stay.
     """
 
     at: torch.Tensor
@@ -99,7 +101,8 @@ def snapshots_in(grants: dict[str, StepGrant]) -> dict[str, StepGrant]:
 
 
 def counts_of(lanes: Lanes, rows: torch.Tensor) -> Counts:
-    """What this rank's lanes need and hold, as ``close`` is about to count it; nothing is read back.
+    """What this rank's lanes need and hold, as ``close`` is about to count it; nothing is read back. Its ``pages``, [n, 1 + 2
+    ``AHEAD``]: in use; of its own, now and after more tokens; the same of what is not settled.
 
     Args:
         rows: int32 [n, 4], as ``close`` takes them.
@@ -108,11 +111,13 @@ def counts_of(lanes: Lanes, rows: torch.Tensor) -> Counts:
     length = lanes.length[slot].long()  # [n, Z]
     kv = torch.arange(s.per_layer, device=rows.device) < s.heads
     size = torch.where(kv, s.page_tokens, s.gate_page_tokens).repeat(s.layers)
-    pages = [((length + more + size - 1) // size).sum(1) for more in range(AHEAD)]
-    need = ((length + rows[:, 1:2].clamp_min(0) + size - 1) // size).sum(1) + rows[:, 2]
+    shared, settled = (x[slot].long().sum(1) for x in (lanes.shared, lanes.settled))
+    pages = [((length + more + size - 1) // size).sum(1) - shared for more in range(AHEAD)]
+    need = ((length + rows[:, 1:2].clamp_min(0) + size - 1) // size).sum(1) + rows[:, 2] - shared
+    told = [pages[0] + shared, *pages, *(x - settled for x in pages)]
     held = length.view(-1, s.layers, s.per_layer)[:, :, : s.units].sum((1, 2))
     dropped = lanes.dropped[slot].long().sum(-1)
-    return Counts(need, torch.stack(pages, 1), held, torch.zeros_like(held), dropped)
+    return Counts(need, torch.stack(told, 1), held, torch.zeros_like(held), dropped)
 
 
 def with_need(rows: torch.Tensor, agreed: Counts, own: torch.Tensor) -> torch.Tensor:
@@ -122,11 +127,13 @@ def with_need(rows: torch.Tensor, agreed: Counts, own: torch.Tensor) -> torch.Te
 
 
 def with_counts(out: torch.Tensor, agreed: Counts) -> torch.Tensor:
-    """A report of this rank as one of all ranks: int32 [n, ``REPORT`` + 1], the last column pages in use on all."""
+    """A report of this rank as one of all ranks: int32 [n, ``REPORT`` + 1 + ``AHEAD``], with pages in use on all and
+    pages that are not settled, of the rank with most."""
     assert agreed.in_use is not None
     dropped = agreed.dropped.sum(1)
-    columns = [agreed.pages, out[:, 5:6], agreed.held[:, None], dropped[:, None], out[:, 8:11], agreed.by_layer(),
-               agreed.in_use[:, None]]  # fmt: skip
+    own, unsettled = agreed.pages[:, 1:].split(AHEAD, dim=1)
+    columns = [own, out[:, 5:6], agreed.held[:, None], dropped[:, None], out[:, 8:11], agreed.by_layer(), out[:, 15:REPORT],
+               agreed.in_use[:, None], unsettled]  # fmt: skip
     return torch.cat([column.to(out.dtype) for column in columns], dim=1)
 
 
@@ -142,18 +149,20 @@ class DeviceStore:
         max_grants: most grants one request's log may list; near it nothing is given back until the request ends.
         device: of the KV cache.
         knobs: what a strength changes in the gates' rules.
+        undecided: as for ``LaneStore``.
         record: keep the expiry of every key that is dropped (tests).
         ranks: whose heads these are.
     """
 
     def __init__(
         self, geometry: LaneGeometry, max_requests: int, max_tokens: int, num_blocks: int, units: int, max_grants: int,
-        device: torch.device, knobs: Callable[[float], Knobs], record: bool = False, ranks: Ranks | None = None,
+        device: torch.device, knobs: Callable[[float], Knobs], undecided: int | None = None, record: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:  # fmt: skip
         self.geometry, self.num_blocks, self.units, self.device, self.record = (
             geometry, num_blocks, units, device, record,
         )  # fmt: skip
-        self.knobs = knobs
+        self.knobs, self.undecided = knobs, None if geometry.gate_rank else undecided
         self.ranks = ranks or Ranks()
         self.shrink_limit = max_grants - geometry.blocks_for(max_tokens)
         sizes = sizes_of(geometry, max_requests, max_tokens, num_blocks, units)
@@ -222,6 +231,7 @@ class DeviceStore:
         tables = self._send([(gone, 2), (news, 4), (plans, 4), (starts, 2), (orders, 4), (closes, 4)])
         forget(self.lanes, tables[0])
         grant(self.lanes, tables[1])
+        share(self.lanes, tables[3])
         most = max((given.tokens for given in grants.values()), default=0)
         plan(self.lanes, tables[2], most)
         if starts:
@@ -239,8 +249,8 @@ class DeviceStore:
             slot = self.slots[req_id].slot
             for number, order in enumerate(given.snapshots):
                 at[slot, number] = order.tokens
-                copies[number].append((slot, self.slots[order.name].slot))
-        return Cuts(send(torch.from_numpy(at), self.device), self._send([(rows, 2) for rows in copies]))
+                copies[number].append((slot, self.slots[order.name].slot, order.tokens - (self.undecided or 0)))
+        return Cuts(send(torch.from_numpy(at), self.device), self._send([(rows, 3) for rows in copies]))
 
     def _set_knobs(self, fresh: list[tuple[float, ...]]) -> None:
         """Slot, shift, limit, delay, n_spared of requests that begin or go on at another strength: float64 holds all exactly."""
@@ -287,6 +297,11 @@ class DeviceStore:
         gone.append((state.slot, state.first_block))
         self._free_slots.append(state.slot)
 
+    def leave(self, copies: torch.Tensor, layer: int | None = None) -> None:
+        """Make snapshots of lanes as they are now, of one layer or all; ``copies``: see ``Cuts``."""
+        assert self.kv is not None
+        (copy_lanes if self.undecided is None else sort_lanes)(self.lanes, self.kv, copies, layer)
+
     def end(self) -> None:
         """Close the step on the device, and send its report on its way."""
         if self._closing is None:
@@ -295,12 +310,12 @@ class DeviceStore:
         assert self.kv is not None
         if self.cuts is not None and most == 1:  # rows of one token are not cut
             for copies in self.cuts.copies:
-                copy_lanes(self.lanes, self.kv, copies)
+                self.leave(copies)
         self.cuts = None
         if self.ranks.several:
             mine = counts_of(self.lanes, rows)
             agreed = self.ranks.join(mine)
-            out = with_counts(close(self.lanes, self.kv, with_need(rows, agreed, mine.pages[:, 0]), most), agreed)
+            out = with_counts(close(self.lanes, self.kv, with_need(rows, agreed, mine.pages[:, 1]), most), agreed)
         else:
             out = close(self.lanes, self.kv, rows, most)
         done = None
@@ -326,14 +341,16 @@ class DeviceStore:
             sent.wait()
             rows = zip(sent.grants.items(), sent.states, sent.seen, sent.numbers.tolist(), strict=True)
             for (req_id, given), state, seen, row in rows:
-                pages, (keep, held, dropped, _, _, error), by_layer = row[:AHEAD], row[AHEAD:11], row[11:REPORT]
+                pages, (keep, held, dropped, _, _, error), by_layer = row[:AHEAD], row[AHEAD:11], row[11:15]
                 if error:
                     raise RuntimeError(f"vllm-prune: request {req_id} ran out of granted pages; this is a bug")
                 state.peak_pages = max(state.peak_pages, pages[0])
+                settled, shared = row[15:REPORT]
+                in_use, *unsettled = row[REPORT:] or [pages[0] + shared, *(x - settled for x in pages)]
                 report = LaneReport(
                     epoch=given.epoch, covered=given.covered, pages=tuple(pages), keep=keep or seen, seen=seen,
                     dropped=dropped, held=held, peak_pages=state.peak_pages,
-                    by_layer=tuple(by_layer), in_use=row[REPORT] if self.ranks.several else pages[0],
+                    by_layer=tuple(by_layer), in_use=in_use, unsettled=tuple(unsettled),
                 )  # fmt: skip
                 found.append((req_id, given, report, state))
         return found

@@ -52,7 +52,7 @@ class LaneStore:
         record: keep every drop of every request as an event (for tests, the demo and recorded truth).
         received: keep what attention each key received (gates that decide at boundaries).
         appends: what is stored stays.
-        settles: a key that is not the newest and has no expiry stays.
+        undecided: newest keys that may still get an expiry; older ones without stay. None: any may.
         ranks: whose heads these are.
     """
 
@@ -68,7 +68,7 @@ class LaneStore:
         record: bool = False,
         received: bool = False,
         appends: bool = False,
-        settles: bool = False,
+        undecided: int | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         self.geometry = g = geometry
@@ -81,7 +81,7 @@ class LaneStore:
         dense = g.blocks_for(max_tokens)
         self.shrink_limit = (max_grants - dense) if max_grants is not None else None
         self.record = record
-        self.appends, self.settles = appends, settles and not geometry.gate_rank
+        self.appends, self.undecided = appends, None if geometry.gate_rank else undecided
         self.events: dict[tuple[str, int], list[np.ndarray]] = {}
         self.passed: dict[tuple[str, int], list[tuple[int, int]]] = {}
         self.lanes = Lanes(
@@ -188,8 +188,9 @@ class LaneStore:
         for at in layers:
             if self.appends:
                 check(lib.lanes_copy_begin(self.lanes.ref, at, *slots, tokens))
-            else:  # the newest key may still be decided about, and is the last of its lane
-                check(lib.lanes_copy(self.lanes.ref, at, *slots, tokens - 1 if self.settles else 0))
+            else:
+                sure = 0 if self.undecided is None else tokens - self.undecided
+                check(lib.lanes_copy(self.lanes.ref, at, *slots, sure))
         self._record_too(req_id, name, layers, tokens)
 
     def start(self, name: str, req_id: str) -> None:

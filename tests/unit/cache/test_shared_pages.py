@@ -50,7 +50,7 @@ def bits(store: LaneStore, name: str) -> list[bytes]:
 @pytest.mark.parametrize("seed", range(8))
 def test_what_stays_comes_first(units, seed):
     """Against plain lists: the same keys, those that stay first, those that may go after them in their order, the newest last."""
-    store = store_of(units=units, settles=True)
+    store = store_of(units=units, undecided=1)
     computed(store, "a", seed)
     store.update("s", 9, list(range(7, 12)))
     store.leave("a", "s", 150)
@@ -71,7 +71,7 @@ def test_what_stays_comes_first(units, seed):
 
 
 def test_where_any_key_may_go_nothing_is_settled():
-    for store in (store_of(), store_of(settles=True, geometry=LaneGeometry(L, H, D, N, 16, 1))):
+    for store in (store_of(), store_of(undecided=1, geometry=LaneGeometry(L, H, D, N, 16, 1))):
         store.update("a", 1, [1, 2, 3, 4, 5])
         store.update("s", 1, [6, 7, 8, 9, 10])
         if not store.geometry.gate_rank:
@@ -83,7 +83,7 @@ def test_where_any_key_may_go_nothing_is_settled():
 @pytest.mark.parametrize("seed", range(4))
 def test_requests_share_what_stays(seed):
     """Two go on from a snapshot, each in its own way; its pages are as they were, and outlive its name."""
-    store = store_of(units=H, settles=True, record=True, max_requests=4, num_blocks=20)
+    store = store_of(units=H, undecided=1, record=True, max_requests=4, num_blocks=20)
     store.reserve_events(10_000)
     computed(store, "a", seed)
     store.update("s", 9, list(range(7, 12)))
@@ -138,7 +138,7 @@ def test_requests_share_what_stays(seed):
 
 def test_a_shared_key_is_not_dropped():
     """It would change for all who share it: refused, whoever asks for it."""
-    store = store_of(units=1, settles=True)
+    store = store_of(units=1, undecided=1)
     store.update("a", 1, [1, 2, 3])
     write(store, "a", 0, N + 5)
     store.update("s", 1, [4, 5, 6])
@@ -172,7 +172,7 @@ def test_ranks_agree_on_what_is_unsettled():
             other[:, 1:8] = torch.tensor([50, 11, 12, 13, 1, 2, 3])  # in use; own now and later; unsettled
             return joined(torch.stack([flat, other]), mine.pages.shape[1], self.split)
 
-    store = store_of(settles=True, ranks=Two(0, 2, True))
+    store = store_of(undecided=1, ranks=Two(0, 2, True))
     store.update("a", 1, [1, 2, 3])
     write(store, "a", 0, N + 5)
     store.update("s", 1, [4, 5, 6])

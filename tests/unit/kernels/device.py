@@ -15,6 +15,7 @@ from vllm_prune_kernels.marks import at_write, at_write_naive, delayed, delayed_
 from vllm_prune_kernels.plan import page_tokens_of, plan, plan_naive
 from vllm_prune_kernels.rows import Rows, find_rows, rows_naive
 from vllm_prune_kernels.settle import settle, settle_naive, token_rows
+from vllm_prune_kernels.share import share, share_naive
 from vllm_prune_kernels.single import DELAYED, QUERY, WRITE, Decision, Meeting, single
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,9 +53,13 @@ class Pool:
         self.free = list(range(1, s.blocks))
         self.meeting, self.singles = Meeting.make(s.slots + 1, s.units, self.device), 0
 
-    def begin(self, ended: list[int], step: dict[int, int], origin: dict[int, int] | None = None) -> None:
-        """Bury, grant and plan: ``step`` has the tokens of each request; ``origin``: whose lanes it will begin with."""
+    def begin(
+        self, ended: list[int], step: dict[int, int], origin: dict[int, int] | None = None, starts: bool = False
+    ) -> None:
+        """Bury, grant and plan: ``step`` has the tokens of each request; ``origin``: whose lanes it will begin with; ``starts``:
+        these are snapshots."""
         origin = origin or {}
+        begins = [(begun, slot) for slot, begun in origin.items()] if starts else []
         gone = [(slot, self.requests[slot].log[0]) for slot in ended]
         for slot in ended:
             self.free += self.requests.pop(slot).live
@@ -66,6 +71,8 @@ class Pool:
                     -(int(self.lanes.length[origin.get(slot, slot), z]) * (slot not in ended) + tokens)
                     // page_tokens_of(self.lanes, z)
                 )
+                - (int(self.lanes.settled[origin[slot], z]) if (origin.get(slot), slot) in begins else 0)
+                - int(self.lanes.shared[slot, z]) * (slot not in ended)
                 for z in range(self.sizes.lanes)
             )
             more = max(-(-pages // self.sizes.block_pages) - len(request.live), 0)
@@ -74,14 +81,17 @@ class Pool:
             request.log += blocks
             request.live += blocks
             plans.append((slot, tokens, more, origin.get(slot, slot)))
-        tables = [to_device(x, columns, torch.device(self.device)) for x, columns in ((gone, 2), (news, 4), (plans, 4))]
+        wide = ((gone, 2), (news, 4), (plans, 4), (begins, 2))
+        tables = [to_device(x, columns, torch.device(self.device)) for x, columns in wide]
         if self.fast:
             forget(self.lanes, tables[0])
             grant(self.lanes, tables[1])
+            share(self.lanes, tables[3])
             plan(self.lanes, tables[2], max(step.values()))
         else:
             forget_naive(self.lanes, tables[0])
             grant_naive(self.lanes, tables[1])
+            share_naive(self.lanes, tables[3])
             plan_naive(self.lanes, tables[2])
 
     def set_knobs(self) -> None:
@@ -159,7 +169,7 @@ class Pool:
                 stay = [block for block in request.live if request.log.index(block) < said[5]]
                 self.free += [block for block in request.live if block not in stay]
                 request.live = stay
-        return out[:, :11].cpu()
+        return out.cpu()
 
     def contents(self) -> dict[Any, Any]:
         """Everything that matters, by request: lanes token by token, counts, drops."""
@@ -193,7 +203,9 @@ class Pool:
             }
             used = []
             for lane in range(s.lanes):
-                for index in range(int(lanes.held[slot, lane])):
+                shared = lanes.table[slot, lane, : int(lanes.shared[slot, lane])].tolist()
+                assert not own & set(shared) and int(lanes.settled[slot, lane]) <= int(lanes.held[slot, lane])
+                for index in range(len(shared), int(lanes.held[slot, lane])):
                     page = int(lanes.table[slot, lane, index])
                     assert (int(lanes.page_lane[page]), int(lanes.page_index[page])) == (lane, index)
                     used.append(page)

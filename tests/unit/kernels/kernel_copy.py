@@ -1,4 +1,4 @@
-"""Lanes copied from slot to slot, and rows cut at positions: kernels and their twins, and what both are for."""
+"""Lanes copied from slot to slot, pages shared, and rows cut at positions: kernels and their twins, and what both are for."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from kernel_lanes import SHAPES
 from vllm_prune_kernels.copy import copy_lanes, copy_lanes_naive
 from vllm_prune_kernels.lanes import NEVER
 from vllm_prune_kernels.rows import Rows, parts_of
+from vllm_prune_kernels.share import sort_lanes, sort_lanes_naive
 
 
 def step(pools, tokens, inputs, origin=None, cuts=()):
     """One step of all pools. ``origin``: slots that begin with another's lanes; ``cuts``: (position, slot, snapshot) of rows."""
     said = []
     for pool in pools:
-        copy = copy_lanes if pool.fast else copy_lanes_naive
-        pool.begin([], tokens, origin)
+        copy, sort = (copy_lanes, sort_lanes) if pool.fast else (copy_lanes_naive, sort_lanes_naive)
+        pool.begin([], tokens, origin, starts=True)
         for slot, begun in (origin or {}).items():
             copy(pool.lanes, pool.kv, torch.tensor([[begun, slot]], dtype=torch.int32, device=pool.device))
             pool.requests[slot].tokens = pool.requests[begun].tokens
@@ -34,9 +35,9 @@ def step(pools, tokens, inputs, origin=None, cuts=()):
             for number, rows in enumerate(parts):
                 pool.layer(layer, rows, tokens, inputs[layer])
                 if number < len(cuts):
-                    _, slot, snapshot = cuts[number]
-                    pair = torch.tensor([[slot, snapshot]], dtype=torch.int32, device=pool.device)
-                    copy(pool.lanes, pool.kv, pair, layer)
+                    at, slot, snapshot = cuts[number]
+                    told = torch.tensor([[slot, snapshot, at - 1]], dtype=torch.int32, device=pool.device)
+                    (copy if pool.method == "dcp" else sort)(pool.lanes, pool.kv, told, layer)
         done = {**tokens, **{snapshot: 0 for _, _, snapshot in cuts}}
         said.append(pool.end(done, ahead=1))
         pool.check()
@@ -90,15 +91,19 @@ def test_a_prefix_goes_on_as_if_it_had_been_computed(shape):
         kept = of(pool, 1)
         pool.begin([0], {2: 1})
         pool.end({2: 0}, ahead=1)
+    begun = [of(pool, snapshot) for pool in pools for snapshot in (3, 4)]
     step(pools, {0: 27}, part((33, 60)), origin={0: 3})
     for pool in pools:
         assert of(pool, 0) == kept
+        assert (int(pool.lanes.shared[0].sum()) > 0) == (int(pool.lanes.settled[3].sum()) > 0)
     for pool in pools:
         pool.begin([0], {2: 1})
         pool.end({2: 0}, ahead=1)
     step(pools, {0: 1, 1: 3}, part((48, 49), (60, 63)), origin={0: 4})
     step(pools, {0: 14}, part((49, 63)))
     assert of(pools[0], 0) == of(pools[0], 1)
+    assert [of(pool, snapshot) for pool in pools for snapshot in (3, 4)] == begun, "nobody wrote to what is shared"
+    assert (int(pools[0].lanes.shared[0].sum()) > 0) == (shape in ("dms", "random"))
 
 
 def test_parts():

@@ -33,10 +33,11 @@ def test_two_ranks(shape, fast, monkeypatch):
         more = torch.arange(len(rows), device=rows.device) % 3  # blocks that the other rank needs beyond this one
         others = told(mine) + 1
         others[:, 0] += more * s.block_pages
-        both = joined(torch.stack([told(mine), others]), AHEAD, split=True)
-        out = (close if fast else close_naive)(lanes, kv, with_need(rows, both, mine.pages[:, 0]), *most)
+        both = joined(torch.stack([told(mine), others]), 1 + 2 * AHEAD, split=True)
+        out = (close if fast else close_naive)(lanes, kv, with_need(rows, both, mine.pages[:, 1]), *most)
         # What this rank counted is what the end of the step counts.
-        assert torch.equal(out[:, :AHEAD].long(), mine.pages)
+        assert torch.equal(out[:, :AHEAD].long(), mine.pages[:, 1 : 1 + AHEAD])
+        assert torch.equal(mine.pages[:, 1 + AHEAD :], mine.pages[:, 1 : 1 + AHEAD]), "nothing is settled here"
         assert torch.equal(out[:, 6].long(), mine.held) and torch.equal(out[:, 7].long(), mine.dropped.sum(1))
         assert torch.equal(out[:, 11:15].long(), mine.by_layer())
         # Blocks for the one that needs most, where it may give up any and has more.
@@ -44,10 +45,13 @@ def test_two_ranks(shape, fast, monkeypatch):
         assert torch.equal(out[:, 8].long(), torch.where(rows[:, 3] > 0, stay, grants.long()))
         kept.append(int((out[:, 8].long() > (mine.need + s.block_pages - 1) // s.block_pages).sum()))
         said = with_counts(out, both)
-        assert said.shape[1] == REPORT + 1
-        assert torch.equal(said[:, :AHEAD].long(), both.pages) and torch.equal(said[:, 6].long(), 2 * mine.held + 1)
+        assert said.shape[1] == REPORT + 1 + AHEAD
+        assert torch.equal(said[:, :AHEAD].long(), both.pages[:, 1 : 1 + AHEAD]) and torch.equal(
+            said[:, 6].long(), 2 * mine.held + 1
+        )
         assert torch.equal(said[:, 5], out[:, 5]) and torch.equal(said[:, 8:11], out[:, 8:11])
         assert torch.equal(said[:, REPORT].long(), 2 * mine.pages[:, 0] + 1)
+        assert torch.equal(said[:, REPORT + 1 :].long(), both.pages[:, 1 + AHEAD :])
         return out
 
     monkeypatch.setattr(device, "close" if fast else "close_naive", end_of_one_of_two)
