@@ -101,8 +101,8 @@ def snapshots_in(grants: dict[str, StepGrant]) -> dict[str, StepGrant]:
 
 
 def counts_of(lanes: Lanes, rows: torch.Tensor) -> Counts:
-    """What this rank's lanes need and hold, as ``close`` is about to count it; nothing is read back. Its ``pages``, [n, 1 + 2
-    ``AHEAD``]: in use; of its own, now and after more tokens; the same of what is not settled.
+    """What this rank's lanes need and hold, as ``close`` is about to count it; nothing is read back. Its ``pages``, [n, 2 + 2
+    ``AHEAD``]: in use; of its own, now and after more tokens; the same of what is not settled; settled ones.
 
     Args:
         rows: int32 [n, 4], as ``close`` takes them.
@@ -114,7 +114,7 @@ def counts_of(lanes: Lanes, rows: torch.Tensor) -> Counts:
     shared, settled = (x[slot].long().sum(1) for x in (lanes.shared, lanes.settled))
     pages = [((length + more + size - 1) // size).sum(1) - shared for more in range(AHEAD)]
     need = ((length + rows[:, 1:2].clamp_min(0) + size - 1) // size).sum(1) + rows[:, 2] - shared
-    told = [pages[0] + shared, *pages, *(x - settled for x in pages)]
+    told = [pages[0] + shared, *pages, *(x - settled for x in pages), settled]
     held = length.view(-1, s.layers, s.per_layer)[:, :, : s.units].sum((1, 2))
     dropped = lanes.dropped[slot].long().sum(-1)
     return Counts(need, torch.stack(told, 1), held, torch.zeros_like(held), dropped)
@@ -131,9 +131,9 @@ def with_counts(out: torch.Tensor, agreed: Counts) -> torch.Tensor:
     pages that are not settled, of the rank with most."""
     assert agreed.in_use is not None
     dropped = agreed.dropped.sum(1)
-    own, unsettled = agreed.pages[:, 1:].split(AHEAD, dim=1)
-    columns = [own, out[:, 5:6], agreed.held[:, None], dropped[:, None], out[:, 8:11], agreed.by_layer(), out[:, 15:REPORT],
-               agreed.in_use[:, None], unsettled]  # fmt: skip
+    own, unsettled, settled = agreed.pages[:, 1:].split([AHEAD, AHEAD, 1], dim=1)
+    columns = [own, out[:, 5:6], agreed.held[:, None], dropped[:, None], out[:, 8:11], agreed.by_layer(), settled,
+               out[:, 16:REPORT], agreed.in_use[:, None], unsettled]  # fmt: skip
     return torch.cat([column.to(out.dtype) for column in columns], dim=1)
 
 
@@ -350,7 +350,7 @@ class DeviceStore:
                 report = LaneReport(
                     epoch=given.epoch, covered=given.covered, pages=tuple(pages), keep=keep or seen, seen=seen,
                     dropped=dropped, held=held, peak_pages=state.peak_pages,
-                    by_layer=tuple(by_layer), in_use=in_use, unsettled=tuple(unsettled),
+                    by_layer=tuple(by_layer), in_use=in_use, unsettled=tuple(unsettled), settled=settled,
                 )  # fmt: skip
                 found.append((req_id, given, report, state))
         return found

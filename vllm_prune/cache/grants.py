@@ -25,7 +25,8 @@ class LaneReport:
         covered: tokens of the request computed so far.
         pages: its own head-pages in use now, and after 1, 2, ... more tokens if those are kept in every lane; of the rank with
             most.
-        unsettled: the same of a snapshot without those that nothing changes any more, which requests share; empty: none are.
+        unsettled: the same of a snapshot without those that nothing changes any more, which requests share; settled: how many of
+            these there are, of the rank with most of them.
         keep: grants [0, keep) are still needed; the worker will never again use grants [keep, seen).
         seen: length of the grant log when the worker spoke.
         dropped: keys dropped so far, summed over layers and eviction units (of all ranks).
@@ -51,6 +52,7 @@ class LaneReport:
     drops: np.ndarray | None = None
     in_use: int = 0
     unsettled: tuple[int, ...] = ()
+    settled: int = 0
 
     @property
     def kept_pairs(self) -> float | None:

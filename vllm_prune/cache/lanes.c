@@ -147,12 +147,12 @@ void lanes_fill_tables(const Store *a, int64_t layer, int64_t rows, const int32_
         }
 }
 
-/* Per slot, int64 [R, 14]: pages of its own in use now, after 1 and 2 more tokens kept wherever lanes are open, keys held, keys
+/* Per slot, int64 [R, 15]: pages of its own in use now, after 1 and 2 more tokens kept wherever lanes are open, keys held, keys
  * dropped; the most that a layer dropped, what the first, middle and last third of the layers did, and ``ends``; its own pages
- * less those that are settled, as before; pages in use now, shared ones too. */
+ * less those that are settled, as before; pages in use now, shared ones too; pages settled. */
 void lanes_summarize(const Store *a, int64_t rows, const int32_t *slots, int64_t *out) {
-    memset(out, 0, sizeof(int64_t) * 14 * rows);
-    for (int64_t i = 0; i < rows; i++, out += 14) {
+    memset(out, 0, sizeof(int64_t) * 15 * rows);
+    for (int64_t i = 0; i < rows; i++, out += 15) {
         for (int64_t layer = 0; layer < a->L; layer++) {
             out[9] += a->ends[slots[i] * a->L + layer];
             for (int64_t h = 0; h < a->per_layer; h++) {
@@ -164,6 +164,7 @@ void lanes_summarize(const Store *a, int64_t rows, const int32_t *slots, int64_t
                     out[10 + more] += pages - *settled_of(a, slots[i], lane);
                 }
                 out[13] += ceil_div(length, n);
+                out[14] += *settled_of(a, slots[i], lane);
                 if (h < a->units) out[3] += length;
             }
             int64_t gone = 0;

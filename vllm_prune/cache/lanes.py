@@ -229,14 +229,14 @@ class LaneStore:
         self.take_events()
         g, a = self.geometry, self.lanes
         states = [self.slots[req_id] for req_id in covered]
-        counts = np.empty((len(states), 14), np.int64)
+        counts = np.empty((len(states), 15), np.int64)
         slots = np.asarray([state.slot for state in states], np.int32)
         lib.lanes_summarize(a.ref, len(states), slots.ctypes.data, counts.ctypes.data)
         ahead = [reserve.get(req_id, 0) if reserve else 0 for req_id in covered]
         needs = [row[n] if n < 3 else row[0] + g.pages_for(n) for n, row in zip(ahead, counts.tolist(), strict=True)]
-        in_use = counts[:, 13]
+        in_use, counts = counts[:, 13], np.delete(counts, 13, axis=1)
         if self.ranks.several and states:
-            needs, counts, in_use = self._of_all_ranks(needs, counts, slots)
+            needs, counts, in_use = self._of_all_ranks(needs, counts, in_use, slots)
         reports = {}
         rows = zip(covered.items(), states, needs, counts.tolist(), in_use.tolist(), strict=True)
         for (req_id, tokens), state, need, row, used in rows:
@@ -247,16 +247,17 @@ class LaneStore:
                 epoch=state.epoch, covered=tokens, pages=(row[0], row[1], row[2]), keep=keep,
                 seen=len(state.grants), dropped=row[4], held=row[3], peak_pages=state.peak_pages,
                 by_layer=tuple(row[5:9]), ends=row[9], drops=self._take_drops(state), in_use=used, unsettled=tuple(row[10:13]),
+                settled=row[13],
             )  # fmt: skip
         return reports
 
     def _of_all_ranks(
-        self, needs: list[int], counts: np.ndarray, slots: np.ndarray
+        self, needs: list[int], counts: np.ndarray, in_use: np.ndarray, slots: np.ndarray
     ) -> tuple[list[int], np.ndarray, np.ndarray]:
-        """What ``report`` works with, joined: pages needed, counts as ``lanes_summarize`` has them, pages in use."""
+        """What ``report`` works with, joined: pages needed, counts as ``lanes_summarize`` has them, and pages in use."""
         by_layer = torch.from_numpy(self.lanes.dropped[slots].sum(-1))
         told = torch.from_numpy(counts)
-        pages = torch.cat([told[:, 13:], told[:, :3], told[:, 10:13]], dim=1)
+        pages = torch.cat([torch.from_numpy(in_use)[:, None], told[:, :3], told[:, 10:]], dim=1)
         x = self.ranks.join(Counts(torch.tensor(needs), pages, told[:, 3], told[:, 9], by_layer))
         assert x.in_use is not None
         held, dropped, ends = (column[:, None] for column in (x.held, x.dropped.sum(1), x.ends))

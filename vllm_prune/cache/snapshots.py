@@ -64,13 +64,15 @@ class Snapshot:
         """Account of a request that begins with its content: nothing granted yet, all pages needed but those that are shared."""
         report = self.report
         assert report is not None
-        own = report.unsettled or report.pages
-        return GrantLog(epoch, report=replace(report, epoch=epoch, seen=0, drops=None, pages=own, unsettled=()))
+        own = report.unsettled if self.shared else report.pages
+        return GrantLog(
+            epoch, report=replace(report, epoch=epoch, seen=0, drops=None, pages=own, unsettled=(), settled=0)
+        )
 
     @property
     def shared(self) -> bool:
-        """Whether requests that start from it share pages of it."""
-        return self.report is not None and self.report.unsettled[:1] not in ((), self.report.pages[:1])
+        """Whether requests that start from it share pages of it, on any rank."""
+        return self.report is not None and self.report.settled > 0
 
 
 @dataclass

@@ -292,8 +292,8 @@ class Other:
 def test_the_rank_that_needs_most_decides_what_is_kept():
     def more(x: torch.Tensor) -> torch.Tensor:
         x[:, :8] += 7  # need, pages in use, and of its own now and after one and two tokens, all and unsettled
-        x[:, 8:10] += 100  # held, ends
-        x[:, 10:] += torch.tensor([1, 2, 9])
+        x[:, 9:11] += 100  # held, ends
+        x[:, 11:] += torch.tensor([1, 2, 9])
         return x
 
     ranks = Ranks(1, 2, True, Other(more))
@@ -339,7 +339,8 @@ def test_what_a_lane_that_only_grows_held_after_some_tokens(begin):
     settled = 2 * L * (begin // N) - 2 * (begin // N) + 2 * ((begin - want.dropped) // N)
     assert said.unsettled == tuple(pages - settled for pages in want.pages)
     assert (
-        replace(said, unsettled=want.unsettled) == want
+        said.settled == settled
+        and replace(said, unsettled=want.unsettled, settled=0) == want
         and want.dropped == (begin + 1) // 3
         and want.held == 3 * begin - want.dropped
     )

@@ -173,7 +173,9 @@ def test_sharing_a_snapshot():
     order = snapshots.make(request, GrantLog(1), 320, 1.0, ())
     assert order is not None
     snapshots.settle()
-    said = report(epoch=order.epoch, covered=320, pages=(24, 30, 30), unsettled=(6, 12, 12), keep=4, seen=10)
+    said = report(
+        epoch=order.epoch, covered=320, pages=(24, 30, 30), unsettled=(6, 12, 12), settled=18, keep=4, seen=10
+    )
     snapshots.accept(order.name, said)
     found = snapshots.find(request, 1.0, ())
     assert found is not None and found.shared

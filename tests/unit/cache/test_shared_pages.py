@@ -8,9 +8,11 @@ import torch
 from test_lanes import D, H, L, N, lane, store_of, write
 
 from vllm_prune.cache.geometry import LaneGeometry
+from vllm_prune.cache.grants import GrantLog
 from vllm_prune.cache.lane_ops import NEVER, Tokens, check, lib
 from vllm_prune.cache.lanes import LaneStore
-from vllm_prune.cache.ranks import Ranks
+from vllm_prune.cache.ranks import Ranks, joined
+from vllm_prune.cache.snapshots import Prefix, Snapshot
 
 
 def computed(store: LaneStore, name: str, seed: int, tokens: int = 150) -> None:
@@ -163,13 +165,11 @@ def test_ranks_agree_on_what_is_unsettled():
 
     class Two(Ranks):
         def join(self, mine):
-            from vllm_prune.cache.ranks import joined
-
             flat = torch.cat(
                 [mine.need[:, None], mine.pages, mine.held[:, None], mine.ends[:, None], mine.dropped], dim=1
             )
             other = flat.clone()
-            other[:, 1:8] = torch.tensor([50, 11, 12, 13, 1, 2, 3])  # in use; own now and later; unsettled
+            other[:, 1:9] = torch.tensor([50, 11, 12, 13, 1, 2, 3, 10])  # in use; own now and later; unsettled; settled
             return joined(torch.stack([flat, other]), mine.pages.shape[1], self.split)
 
     store = store_of(undecided=1, ranks=Two(0, 2, True))
@@ -178,4 +178,11 @@ def test_ranks_agree_on_what_is_unsettled():
     store.update("s", 1, [4, 5, 6])
     store.leave("a", "s", N + 5)
     said = store.report({"s": N + 5})["s"]
-    assert (said.pages, said.unsettled, said.in_use) == ((12, 12, 13), (6, 6, 6), 62)
+    assert (said.pages, said.unsettled, said.settled, said.in_use) == ((12, 12, 13), (6, 6, 6), 10, 62)
+    # Nothing is settled here, much is there: its pages are shared there, so the blocks must be held.
+    store.undecided = None
+    store.update("t", 1, [7, 8, 9])
+    store.leave("a", "t", N + 5)
+    said = store.report({"t": N + 5})["t"]
+    assert (said.pages, said.unsettled, said.settled) == ((12, 12, 13), (12, 12, 12), 10)
+    assert Snapshot("t", Prefix(b"", 1.0, ()), N + 5, GrantLog(1), said).shared
