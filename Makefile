@@ -49,6 +49,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/shadow.py --json benchmarks/results/shadow.json
 	$(BIN)/python benchmarks/serve.py --json benchmarks/results/serve.json
 	$(BIN)/python benchmarks/prefix.py --json benchmarks/results/prefix.json
+	$(BIN)/python benchmarks/sharing.py --json benchmarks/results/sharing.json
 	$(BIN)/python benchmarks/storm.py --json benchmarks/results/storm.json
 
 # The Python that has vLLM for CUDA and, by `pip install -e '.[dev]'`, this plugin: $(VENV) has vLLM for CPUs.
