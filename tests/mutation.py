@@ -58,8 +58,12 @@ TESTS: dict[str, list[str]] = {
     "lane_ops": [LANES, SHARED, LANE_OPS, RECEIVED, f"{LAW3}[dcp_kv_head]", f"{LAW3}[dms]"],
 }
 """Module of ``vllm_prune/cache`` to the tests that must notice, one file after the other."""
-INTERPRETED = {"device_store": ["tests/unit/kernels/kernel_store.py", "tests/unit/kernels/kernel_ranks.py",
-                                "tests/integration/device_laws.py::test_law_2", "tests/integration/device_laws.py::test_prefixes"]}  # fmt: skip
+INTERPRETED = {
+    "device_store": [
+        "tests/unit/kernels/kernel_store.py", "tests/unit/kernels/kernel_ranks.py",
+        "tests/integration/device_laws.py::test_law_2", "tests/integration/device_laws.py::test_prefixes",
+    ],
+}  # fmt: skip
 TESTS |= INTERPRETED
 """Modules whose tests run under Triton's interpreter, chosen before Triton is imported: these alone, or each of their faults in
 a process from its beginning."""
