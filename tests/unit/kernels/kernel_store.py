@@ -10,6 +10,7 @@ from device import DEVICE
 
 from vllm_prune.cache.device_store import DeviceStore
 from vllm_prune.cache.geometry import LaneGeometry
+from vllm_prune.cache.ranks import Counts, Ranks, joined
 from vllm_prune.cache.snapshots import SnapshotOrder
 from vllm_prune.gates import NEVER
 from vllm_prune.messages import StepGrant
@@ -64,6 +65,26 @@ def test_what_may_be_in_flight_is_kept(ahead, keep):
     assert said.keep == keep
 
 
+def test_what_is_far_ahead_is_bounded_by_its_own_pages():
+    """A full page now and five tokens to come: two pages a lane, though the fifth alone might have been the first of a second."""
+    (said,) = step(store_of(), {"a": 16}, a=given(60, 60, [1, 2, 3, 4], in_flight=5)).values()
+    assert said.keep == 2
+
+
+def test_two_ranks_that_are_alike():
+    """Keys add up, blocks are those of one."""
+
+    class Two(Ranks):
+        def join(self, mine: Counts) -> Counts:
+            columns = [mine.need[:, None], mine.pages, mine.held[:, None], mine.ends[:, None], mine.dropped]
+            return joined(torch.cat(columns, dim=1).expand(2, -1, -1), mine.pages.shape[1], True)
+
+    store = store_of(ranks=Two(0, 2, True))
+    (said,) = step(store, {"a": 32}, a=given(40, 40, [1, 2, 3])).values()
+    assert (said.pages, said.unsettled, said.keep, said.seen) == ((8, 12, 12, 12, 12), (8, 12, 12, 12, 12), 2, 3)
+    assert (said.held, said.in_use, said.settled, said.dropped) == (2 * 32 * L * H, 16, 0, 0)
+
+
 def test_near_the_longest_log_nothing_is_given_up():
     store = store_of()
     assert store.shrink_limit == 14
@@ -74,11 +95,12 @@ def test_near_the_longest_log_nothing_is_given_up():
 
 
 def test_lives_end_and_begin():
-    store = store_of(record=True)
+    store = store_of()
+    assert store._free_slots == [3, 2, 1, 0] and store.lanes.record_tokens == 0
     with pytest.raises(RuntimeError, match="request b starts without blocks"):
         step(store, {}, b=given(1, 1))
-    store.slots.clear()
-    store._free_slots = [3, 2, 1, 0]
+    store = store_of(record=True)
+    assert store.lanes.record_tokens == 160
     step(store, {"a": 30}, a=given(30, 30, [1, 2]))
     assert (store.expiries("a", 9) == NEVER).all() and store.expiries("a", 9).shape == (L, H, 9)
     (said,) = step(store, {"a": 5}, a=given(5, 5, [3], epoch=2)).values()
