@@ -219,6 +219,21 @@ def test_steps():
     assert min(seen.values()) > 50 and orphans > 3, (seen, orphans)
 
 
+def test_one_settled_page_is_shared_by_all_who_start():
+    """Then its blocks are held for as long as they live; without any they are free once the step is told."""
+    for settled in (0, 1):
+        snapshots = holder(blocks=10)
+        order = snapshots.make(asked("aaa"), GrantLog(1), 3 * N, 1.0, ())
+        snapshots.settle()
+        told = {"pages": (6, 6, 6), "unsettled": (6 - settled, 6, 6), "settled": settled}
+        snapshots.accept(order.name, report(epoch=order.epoch, covered=3 * N, keep=3, seen=3, **told))
+        snapshots.hold(snapshots.find(asked("aaa"), 1.0, ()), "r")
+        snapshots.settle()
+        assert snapshots.shared_by("r") == 3 * settled and snapshots.pool.get_num_free_blocks() == 9 - 3 * settled
+        snapshots.release("r")
+        assert snapshots.pool.get_num_free_blocks() == 9
+
+
 def test_the_least_recently_used_goes_first():
     snapshots = holder(blocks=10)
     names = {letters: held(snapshots, letters * 3) for letters in "abc"}
