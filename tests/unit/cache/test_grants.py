@@ -150,3 +150,11 @@ def test_kept_pairs_by_hand():
     assert report(covered=6, dropped=3, held=9, ends=3 + 4 + 5).kept_pairs == pytest.approx(1 - 6 / 30)
     assert report(covered=5, dropped=0, held=10, ends=0).kept_pairs == 1.0
     assert report(covered=1, dropped=0, held=2, ends=0).kept_pairs == 1.0, "no query had a past"
+
+
+def test_what_is_shared_is_needed_beside_its_own():
+    """By who copies all that a request sees; never more than every token takes densely."""
+    geometry = LaneGeometry(num_layers=2, num_kv_heads=2, head_size=32, block_tokens=32)  # 4 pages a block
+    log = GrantLog(1, report=report(covered=320, pages=(10, 11, 12)))
+    assert [log.needed(geometry, 320, shared) for shared in (0, 2, 3, 11, 500)] == [3, 3, 4, 6, 10]
+    assert log.needed(geometry, 321, 3) == 4 and log.needed(geometry, 352, 3) == cdiv(10 + 4 + 3, 4)

@@ -312,6 +312,12 @@ def test_the_rank_that_needs_most_decides_what_is_kept():
     assert store.report({}) == {}, "nobody to speak of, nothing to join"
 
 
+def test_slots_are_as_many_as_requests():
+    store = store_of()
+    assert store._free_slots == [2, 1, 0] and store.shrink_limit is None
+    assert store_of(max_grants=25).shrink_limit == 25 - 10
+
+
 # Copies -------------------------------------------------------------------------------------------------------------
 
 
