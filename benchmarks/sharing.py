@@ -14,10 +14,9 @@ import statistics
 import time
 from typing import Any
 
-from common import Engine, Shape, arguments, frame, publish, say, spread, temporary_models
-from prefix import KEEP, RANK, ask, drawn
+from common import Engine, arguments, frame, publish, say, spread, temporary_models
+from prefix import KEEP, RANK, SHAPE, ask, drawn
 
-SHAPE = Shape(hidden=512, layers=4, heads=16, kv_heads=4, head_dim=64, mlp=1024, vocab=4096)
 DELAY, SAID, ANSWER = 16, 64, 64
 
 
@@ -29,12 +28,12 @@ def crowd(engine: Engine, system: list[int], people: int, turn: int) -> tuple[fl
     params = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True, detokenize=False)
     for i in range(people):
         engine.llm.llm_engine.add_request(f"c{turn}_{i:04d}", {"prompt_token_ids": system + drawn(rng, SAID)}, params)
-    waiting = {request.request_id: request for request in engine.scheduler.requests.values()}
+    waiting = list(engine.scheduler.requests.values())
     begin = time.perf_counter()
     while engine.llm.llm_engine.has_unfinished_requests():
         engine.step()
         most = max(most, len(engine.scheduler.running))
-    thrown = sum(request.num_preemptions for request in waiting.values())
+    thrown = sum(request.num_preemptions for request in waiting)
     return time.perf_counter() - begin, most, thrown
 
 

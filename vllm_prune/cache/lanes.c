@@ -149,7 +149,7 @@ void lanes_fill_tables(const Store *a, int64_t layer, int64_t rows, const int32_
 
 /* Per slot, int64 [R, 15]: pages of its own in use now, after 1 and 2 more tokens kept wherever lanes are open, keys held, keys
  * dropped; the most that a layer dropped, what the first, middle and last third of the layers did, and ``ends``; its own pages
- * less those that are settled, as before; pages in use now, shared ones too; pages settled. */
+ * less those that are settled, as before; pages settled; pages in use now, shared ones too. */
 void lanes_summarize(const Store *a, int64_t rows, const int32_t *slots, int64_t *out) {
     memset(out, 0, sizeof(int64_t) * 15 * rows);
     for (int64_t i = 0; i < rows; i++, out += 15) {
@@ -163,8 +163,8 @@ void lanes_summarize(const Store *a, int64_t rows, const int32_t *slots, int64_t
                     out[more] += pages;
                     out[10 + more] += pages - *settled_of(a, slots[i], lane);
                 }
-                out[13] += ceil_div(length, n);
-                out[14] += *settled_of(a, slots[i], lane);
+                out[13] += *settled_of(a, slots[i], lane);
+                out[14] += ceil_div(length, n);
                 if (h < a->units) out[3] += length;
             }
             int64_t gone = 0;
@@ -184,9 +184,9 @@ static void copy_page(const Store *a, int64_t to, int64_t from) {
     if (a->mass) memcpy(a->mass + to * a->N, a->mass + from * a->N, sizeof(double) * a->N);
 }
 
-/* The first `tokens` entries of a lane into free pages of another slot, whose lane there is empty. */
-static int copy_lane(const Store *a, int64_t lane, int64_t h, int64_t from, int64_t to, int64_t tokens) {
-    for (int64_t index = 0; index < ceil_div(tokens, page_tokens(a, h)); index++) {
+/* The first `tokens` entries of a lane into free pages of another slot, whose lane there has its first `has` pages already. */
+static int copy_lane(const Store *a, int64_t lane, int64_t h, int64_t from, int64_t to, int64_t has, int64_t tokens) {
+    for (int64_t index = has; index < ceil_div(tokens, page_tokens(a, h)); index++) {
         if (take_page(a, to, lane, index)) return OUT_OF_PAGES;
         copy_page(a, row_of(a, to, lane)[index], row_of(a, from, lane)[index]);
     }
@@ -253,11 +253,14 @@ static void copy_account(const Store *a, int64_t layer, int64_t from, int64_t to
 /* What a slot holds in a layer, and its account of it, into a snapshot, whose lanes there are empty. Keys at positions below `before`
  * that have no expiry stay for good (0: nothing does). */
 int lanes_copy(const Store *a, int64_t layer, int64_t from, int64_t to, int32_t before) {
-    for (int64_t unit = 0; before > 0 && unit < a->units; unit++)
-        if (copy_sorted(a, layer, unit, from, to, before)) return OUT_OF_PAGES;
-    for (int64_t h = 0; before == 0 && h < a->per_layer; h++) {
-        const int64_t lane = layer * a->per_layer + h;
-        if (copy_lane(a, lane, h, from, to, *length_of(a, from, lane))) return OUT_OF_PAGES;
+    if (before > 0) {
+        for (int64_t unit = 0; unit < a->units; unit++)
+            if (copy_sorted(a, layer, unit, from, to, before)) return OUT_OF_PAGES;
+    } else {
+        for (int64_t h = 0; h < a->per_layer; h++) {
+            const int64_t lane = layer * a->per_layer + h;
+            if (copy_lane(a, lane, h, from, to, 0, *length_of(a, from, lane))) return OUT_OF_PAGES;
+        }
     }
     copy_account(a, layer, from, to);
     return 0;
@@ -266,15 +269,11 @@ int lanes_copy(const Store *a, int64_t layer, int64_t from, int64_t to, int32_t 
 /* What a snapshot holds in a layer into a request that begins there: its settled pages are shared, the others copied. */
 int lanes_start(const Store *a, int64_t layer, int64_t from, int64_t to) {
     for (int64_t h = 0; h < a->per_layer; h++) {
-        const int64_t lane = layer * a->per_layer + h, tokens = *length_of(a, from, lane);
+        const int64_t lane = layer * a->per_layer + h;
         const int32_t share = *settled_of(a, from, lane);
         memcpy(row_of(a, to, lane), row_of(a, from, lane), sizeof(int32_t) * share);
         *shared_of(a, to, lane) = share;
-        for (int64_t index = share; index < ceil_div(tokens, page_tokens(a, h)); index++) {
-            if (take_page(a, to, lane, index)) return OUT_OF_PAGES;
-            copy_page(a, row_of(a, to, lane)[index], row_of(a, from, lane)[index]);
-        }
-        *length_of(a, to, lane) = (int32_t)tokens;
+        if (copy_lane(a, lane, h, from, to, share, *length_of(a, from, lane))) return OUT_OF_PAGES;
     }
     copy_account(a, layer, from, to);
     return 0;
@@ -293,7 +292,7 @@ int lanes_copy_begin(const Store *a, int64_t layer, int64_t from, int64_t to, in
             if (position >= tokens) break;
             ends -= position + 1;
         }
-        if (copy_lane(a, layer * a->per_layer + h, h, from, to, n)) return OUT_OF_PAGES;
+        if (copy_lane(a, layer * a->per_layer + h, h, from, to, 0, n)) return OUT_OF_PAGES;
         *settled_of(a, to, layer * a->per_layer + h) = (int32_t)(n / page_tokens(a, h));
         if (h >= a->units) continue;
         a->dropped[(to * a->L + layer) * a->units + unit] = (int32_t)(tokens - n);

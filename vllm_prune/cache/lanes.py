@@ -234,9 +234,9 @@ class LaneStore:
         lib.lanes_summarize(a.ref, len(states), slots.ctypes.data, counts.ctypes.data)
         ahead = [reserve.get(req_id, 0) if reserve else 0 for req_id in covered]
         needs = [row[n] if n < 3 else row[0] + g.pages_for(n) for n, row in zip(ahead, counts.tolist(), strict=True)]
-        in_use, counts = counts[:, 13], np.delete(counts, 13, axis=1)
+        in_use = counts[:, 14]
         if self.ranks.several and states:
-            needs, counts, in_use = self._of_all_ranks(needs, counts, in_use, slots)
+            needs, counts, in_use = self._of_all_ranks(needs, counts, slots)
         reports = {}
         rows = zip(covered.items(), states, needs, counts.tolist(), in_use.tolist(), strict=True)
         for (req_id, tokens), state, need, row, used in rows:
@@ -252,12 +252,12 @@ class LaneStore:
         return reports
 
     def _of_all_ranks(
-        self, needs: list[int], counts: np.ndarray, in_use: np.ndarray, slots: np.ndarray
+        self, needs: list[int], counts: np.ndarray, slots: np.ndarray
     ) -> tuple[list[int], np.ndarray, np.ndarray]:
-        """What ``report`` works with, joined: pages needed, counts as ``lanes_summarize`` has them, and pages in use."""
+        """What ``report`` works with, joined: pages needed, counts as ``lanes_summarize`` has them but the last, pages in use."""
         by_layer = torch.from_numpy(self.lanes.dropped[slots].sum(-1))
         told = torch.from_numpy(counts)
-        pages = torch.cat([torch.from_numpy(in_use)[:, None], told[:, :3], told[:, 10:]], dim=1)
+        pages = torch.cat([told[:, 14:], told[:, :3], told[:, 10:14]], dim=1)
         x = self.ranks.join(Counts(torch.tensor(needs), pages, told[:, 3], told[:, 9], by_layer))
         assert x.in_use is not None
         held, dropped, ends = (column[:, None] for column in (x.held, x.dropped.sum(1), x.ends))

@@ -34,6 +34,11 @@ class Counts:
     dropped: torch.Tensor
     in_use: torch.Tensor | None = None
 
+    def columns(self) -> torch.Tensor:
+        """[R, C]: what a rank tells of its own, as ``joined`` takes it."""
+        parts = [self.need[:, None], self.pages, self.held[:, None], self.ends[:, None], self.dropped]
+        return torch.cat(parts, dim=1)
+
     def by_layer(self) -> torch.Tensor:
         """[R, 4]: keys dropped in the layer that dropped most, and in the first, middle and last third of the layers."""
         layers = self.dropped.shape[1]
@@ -76,7 +81,7 @@ class Ranks:
 
     def join(self, mine: Counts) -> Counts:
         """Tell the other ranks, and hear of them. All ranks must call it for the same requests, in one order."""
-        flat = torch.cat([mine.need[:, None], mine.pages, mine.held[:, None], mine.ends[:, None], mine.dropped], dim=1)
+        flat = mine.columns()
         # As float32, two a number: bits are copied, and integers are not in vLLM's CPU loops.
         told = self.group.all_gather(flat.view(torch.float32), dim=0).view(torch.int64)
         return joined(told.view(self.count, *flat.shape), mine.pages.shape[1], self.split)

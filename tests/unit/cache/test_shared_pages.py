@@ -165,9 +165,7 @@ def test_ranks_agree_on_what_is_unsettled():
 
     class Two(Ranks):
         def join(self, mine):
-            flat = torch.cat(
-                [mine.need[:, None], mine.pages, mine.held[:, None], mine.ends[:, None], mine.dropped], dim=1
-            )
+            flat = mine.columns()
             other = flat.clone()
             other[:, 1:9] = torch.tensor([50, 11, 12, 13, 1, 2, 3, 10])  # in use; own now and later; unsettled; settled
             return joined(torch.stack([flat, other]), mine.pages.shape[1], self.split)

@@ -11,12 +11,7 @@ from vllm_prune_kernels.close import close, close_naive
 from vllm_prune_kernels.lanes import AHEAD, REPORT
 
 from vllm_prune.cache.device_store import counts_of, with_counts, with_need
-from vllm_prune.cache.ranks import Counts, joined
-
-
-def told(counts: Counts) -> torch.Tensor:
-    columns = [counts.need[:, None], counts.pages, counts.held[:, None], counts.ends[:, None], counts.dropped]
-    return torch.cat(columns, dim=1)
+from vllm_prune.cache.ranks import joined
 
 
 @pytest.mark.parametrize(
@@ -31,9 +26,9 @@ def test_two_ranks(shape, fast, monkeypatch):
         grants = lanes.n_live[rows[:, 0].long()].clone()
         mine = counts_of(lanes, rows)
         more = torch.arange(len(rows), device=rows.device) % 3  # blocks that the other rank needs beyond this one
-        others = told(mine) + 1
+        others = mine.columns() + 1
         others[:, 0] += more * s.block_pages
-        both = joined(torch.stack([told(mine), others]), 2 + 2 * AHEAD, split=True)
+        both = joined(torch.stack([mine.columns(), others]), 2 + 2 * AHEAD, split=True)
         out = (close if fast else close_naive)(lanes, kv, with_need(rows, both, mine.pages[:, 1]), *most)
         # What this rank counted is what the end of the step counts.
         assert torch.equal(out[:, :AHEAD].long(), mine.pages[:, 1 : 1 + AHEAD])

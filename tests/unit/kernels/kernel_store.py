@@ -77,8 +77,7 @@ def test_two_ranks_that_are_alike():
 
     class Two(Ranks):
         def join(self, mine: Counts) -> Counts:
-            columns = [mine.need[:, None], mine.pages, mine.held[:, None], mine.ends[:, None], mine.dropped]
-            return joined(torch.cat(columns, dim=1).expand(2, -1, -1), mine.pages.shape[1], True)
+            return joined(mine.columns().expand(2, -1, -1), mine.pages.shape[1], True)
 
     store = store_of(ranks=Two(0, 2, True))
     (said,) = step(store, {"a": 32}, a=given(40, 40, [1, 2, 3])).values()
