@@ -119,9 +119,9 @@ def train_all(options: argparse.Namespace, work: Path, seed: int) -> None:
                 **what,
                 "objective": {"next_token": 1.0, "kl_forward": 0.0, "answer_weight": 8.0, **what.get("objective", {})},
                 "data": {"tasks": {"share": 1.0, "names": ["marks"]}},
-                "training": {"seed": seed, "lengths": length, "batch_tokens": 2048 // length * length},
+                "training": {"lengths": length, "batch_tokens": 2048 // length * length},
             }
-            run(recipe(options.corpus, work / name, start, sections.pop("gate"), steps, **sections))
+            run(recipe(options.corpus, work / name, start, sections.pop("gate"), steps, seed, **sections))
             say(f"seed {seed}: {name} trained")
 
 
@@ -172,7 +172,6 @@ def main() -> None:
     parser.add_argument("--first-steps", type=int, default=150, help="2,048 tokens a step, before elimination")
     parser.add_argument("--steps", type=int, default=80, help="2,048 tokens a step, of each run after that")
     parser.add_argument("--texts", type=int, default=100, help="of each length")
-    parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     started = time.perf_counter()
     if options.quick:

@@ -3,8 +3,10 @@
 From the same base, for the same steps and on the same text each: LTP (soft then hard stage), ACC-style (one coefficient),
 and window and random dropping, matched on the past-pair kept fraction that LTP reached; all learn from the base as it was
 (KL). Then, without training: what ACC-style measures of the base, its profile against a uniform one, and the sweep of the
-coefficient on the fine-tuned and on the plain weights.
+coefficient on the fine-tuned and on the plain weights. A seed sets the order of the text and what is random; what is
+compared, within a seed, is a ratio; the ratios' means and standard deviations over seeds stand under ``over_seeds``.
 
+    python training/reference/make_corpus.py --corpus build/reference/corpus-dcp --model examples/reference-dcp
     python benchmarks/claims_ltp_acc.py --json benchmarks/results/claims-ltp-acc.json      # --quick: shows that it runs
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -43,14 +46,16 @@ LTP = {"span": 64, "grid": 32, "theta": 0.8}
 STRENGTHS = (0.5, 1.0, 2.0)
 
 
-def recipe(data: Path, out: Path, base: Path, gate: dict[str, Any], steps: int, /, **sections: Any) -> Recipe:
-    """One run; all see the same sequences. ``sections`` of the recipe; what is not in them is as here."""
+def recipe(
+    data: Path, out: Path, base: Path, gate: dict[str, Any], steps: int, seed: int, /, **sections: Any
+) -> Recipe:
+    """One run; all of a seed see the same sequences. ``sections`` of the recipe; what is not in them is as here."""
     parts: dict[str, dict[str, Any]] = {
         "objective": {"kl_forward": 1.0},
         "data": {"train": [{"path": str(data / "train.parquet"), "format": "parquet"}],
                  "held_out": [{"path": str(data / "held_out.parquet"), "format": "parquet"}], "check": "lazy"},
         "training": {"steps": steps, "lengths": T, "batch_tokens": 2048, "lr": 1e-4, "bias_lr": 0.03, "precision": "bf16",
-                     "schedule": "trapezoid", "seed": 1, "log_steps": 5, "save_steps": 100000,
+                     "schedule": "trapezoid", "seed": seed, "log_steps": 5, "save_steps": 100000,
                      "eval_steps": max(1, round(HARD_FROM * steps)), "eval_tokens": 4096},
     }  # fmt: skip
     merged = {name: {**part, **sections.get(name, {})} for name, part in parts.items()}
@@ -62,10 +67,23 @@ def claims_parser(description: str | None, name: str) -> argparse.ArgumentParser
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the result there")
     parser.add_argument("--quick", action="store_true", help="6 steps: shows that it runs, proves nothing")
-    parser.add_argument("--corpus", type=Path, default=Path("build/reference/corpus"))
-    parser.add_argument("--base", type=Path, default=Path("build/reference/base"))
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default 3)")
+    parser.add_argument("--corpus", type=Path, default=Path("build/reference/corpus-dcp"))
+    parser.add_argument("--base", type=Path, default=Path("examples/reference-dcp"), help="a gated folder: its weights")
     parser.add_argument("--work", type=Path, default=Path(f"build/claims-{name}"))
     return parser
+
+
+def over_seeds(runs: list[Any]) -> Any:
+    """Results of equal form, one a seed: of every number in them the mean and the standard deviation (None of one)."""
+    first = runs[0]
+    if isinstance(first, dict):
+        return {name: over_seeds([run[name] for run in runs]) for name in first}
+    if isinstance(first, list):
+        return [over_seeds(list(values)) for values in zip(*runs, strict=True)]
+    if isinstance(first, bool) or not isinstance(first, int | float):
+        return runs
+    return {"mean": round(statistics.mean(runs), 4), "std": round(statistics.stdev(runs), 4) if len(runs) > 1 else None}
 
 
 def tell(options: argparse.Namespace, result: dict[str, Any]) -> None:
@@ -112,14 +130,15 @@ def padding(model: GatedModel, windows: torch.Tensor) -> dict[str, Any]:
     return {"equal_decisions_with_more_behind": found, "dropped": float((seen < len(ids)).float().mean())}
 
 
-def trained(options: argparse.Namespace, corpus: Corpus, blocks: int, tasks: int) -> dict[str, Any]:
-    """The four runs, measured."""
+def trained(options: argparse.Namespace, corpus: Corpus, blocks: int, tasks: int, seed: int) -> dict[str, Any]:
+    """The four runs of a seed, measured."""
     rows: dict[str, Any] = {}
+    work = options.work / str(seed)
 
     def do(name: str, gate: dict[str, Any], **sections: Any) -> GatedModel:
-        out = options.work / name
+        out = work / name
         if not out.exists():
-            run(recipe(options.corpus, out, options.base, gate, options.steps, **sections))
+            run(recipe(options.corpus, out, options.base, gate, options.steps, seed, **sections))
         record, model = json.loads((out / "record.json").read_text()), load_gated(out)
         rows[name] = {**measure(model, corpus, blocks, tasks), "tokens_seen": record["tokens_seen"]}
         rows[name]["trained_by"] = record["held_out"]
@@ -128,9 +147,9 @@ def trained(options: argparse.Namespace, corpus: Corpus, blocks: int, tasks: int
 
     objective = {"keep": KEEP, "ramp": 0.3, "gamma": None}
     ltp = do("ltp", {"method": "ltp", "params": LTP}, objective=objective, boundaries={"hard_from": HARD_FROM})
-    state = load_file(options.work / "ltp" / GATE_FILE)
+    state = load_file(work / "ltp" / GATE_FILE)
     rows["ltp"]["theta"] = [round(float(state[f"drop_gate.layers.{i}.theta"]), 4) for i in range(len(state))]
-    log = [json.loads(line) for line in (options.work / "ltp/log.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (work / "ltp/log.jsonl").read_text().splitlines()]
     (before,) = [row for row in log if "ppl_soft" in row and row["step"] < options.steps][-1:]
     rows["ltp"]["end_of_soft_stage"] = {
         name: before[name] for name in ("ppl_open", "ppl_soft", "ppl_hard", "kept_hard")
@@ -138,10 +157,23 @@ def trained(options: argparse.Namespace, corpus: Corpus, blocks: int, tasks: int
     rows["ltp"]["padding"] = padding(ltp, held_out_blocks(corpus, T, 2))
     kept = rows["ltp"]["kept"]
     do("window", {"method": "window", "params": {"window": window_for(kept)}})
-    do("random", {"method": "random", "params": {"keep": random_for(kept), "delay": DELAY, "seed": 1}})
+    do("random", {"method": "random", "params": {"keep": random_for(kept), "delay": DELAY, "seed": seed}})
     acc = do("acc", {"method": "acc", "params": ACC}, objective={"keep": KEEP})
     rows["acc"]["sweep"] = {str(s): measure(acc, corpus, blocks, 0, s) for s in STRENGTHS}
     return rows
+
+
+def ratios(rows: dict[str, Any], untrained: dict[str, Any]) -> dict[str, float]:
+    """What the claims of a seed compare: perplexities, one over the other."""
+    stage, end = rows["ltp"]["end_of_soft_stage"], rows["ltp"]["trained_by"]
+    found = {"ltp over window": rows["ltp"]["ppl"] / rows["window"]["ppl"],
+             "ltp over random": rows["ltp"]["ppl"] / rows["random"]["ppl"],
+             "ltp hard over soft, after the soft stage": stage["ppl_hard"] / stage["ppl_soft"],
+             "ltp hard over soft, at the end": end["ppl_hard"] / end["ppl_soft"]}  # fmt: skip
+    for strength, row in rows["acc"]["sweep"].items():
+        found[f"acc tuned over plain at strength {strength}"] = row["ppl"] / untrained["sweep"][strength]["ppl"]
+        found[f"acc tuned over window at strength {strength}"] = row["ppl"] / untrained[f"window-as-{strength}"]["ppl"]
+    return {name: round(value, 4) for name, value in found.items()}
 
 
 def untrained(options: argparse.Namespace, corpus: Corpus, blocks: int) -> dict[str, Any]:
@@ -166,16 +198,21 @@ def untrained(options: argparse.Namespace, corpus: Corpus, blocks: int) -> dict[
 def main() -> None:
     """See the module."""
     parser = claims_parser(__doc__, "ltp-acc")
-    parser.add_argument("--steps", type=int, default=24, help="of each run, 2,048 tokens a step")
+    parser.add_argument("--steps", type=int, default=120, help="of each run, 2,048 tokens a step")
     options = parser.parse_args()
     started = time.perf_counter()
-    blocks, tasks = 8, 4
+    blocks, tasks = 32, 12
     if options.quick:
         options.steps, blocks, tasks, options.work = 6, 2, 1, options.work / "quick"
+        options.seeds = 1
     corpus = load_corpus(options.corpus, options.base)
+    plain = untrained(options, corpus, blocks)
+    seeds = {seed: trained(options, corpus, blocks, tasks, seed) for seed in range(1, options.seeds + 1)}
+    for rows in seeds.values():
+        rows["ratios"] = ratios(rows, plain)
     values = {"base": str(options.base), "length": T, "steps": options.steps, "batch_tokens": 2048, "windows": blocks,
-              "recall_texts": tasks, "untrained": untrained(options, corpus, blocks),
-              "trained": trained(options, corpus, blocks, tasks)}  # fmt: skip
+              "recall_texts": tasks, "untrained": plain,
+              "over_seeds": over_seeds(list(seeds.values())), "seeds": seeds}  # fmt: skip
     tell(options, {"quick": options.quick, **values, **origin(torch.get_num_threads(), started)})
 
 

@@ -4,6 +4,7 @@ T tokens of held-out text of which the first half is the prompt; perplexity is o
 the same steps and on the same sequences each: ACC-style (at strengths that vary), LTP (soft then hard stage), and no gates.
 Then, without training: the profile over depth against a uniform one, one checkpoint at several strengths against plain
 weights and against choices without attention (random, the first, the last), LTP against ranks at what it kept, other lengths.
+Means and standard deviations over seeds stand under ``over_seeds``.
 
     python benchmarks/claims_prompt.py --json benchmarks/results/claims-prompt.json      # --quick: shows that it runs
 """
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 import torch
 import torch.nn.functional as F
-from claims_ltp_acc import T, claims_parser, recipe, tell
+from claims_ltp_acc import T, claims_parser, over_seeds, recipe, tell
 from common import origin
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -116,8 +117,8 @@ def untrained(base: Path, text: torch.Tensor, ids: torch.Tensor) -> dict[str, An
     return rows
 
 
-def train_all(options: argparse.Namespace) -> None:
-    """The three runs; a finished one is not repeated."""
+def train_all(options: argparse.Namespace, work: Path, seed: int) -> None:
+    """The three runs of a seed; a finished one is not repeated."""
     runs: dict[str, dict[str, Any]] = {
         "acc": {"gate": {"method": "acc_prompt", "protect": PROTECT}, "objective": {"keep": KEEP, **LEARN},
                 "prompts": {"share": [0.4, 0.6], "strengths": [0.5, 4.0]}},
@@ -127,36 +128,39 @@ def train_all(options: argparse.Namespace) -> None:
         "none": {"gate": {"method": "none"}, "objective": LEARN},
     }  # fmt: skip
     for name, sections in runs.items():
-        out = options.work / name
+        out = work / name
         if not out.exists():
             gate = sections.pop("gate")
-            run(recipe(options.corpus, out, options.base, gate, options.steps, **sections))
+            run(recipe(options.corpus, out, options.base, gate, options.steps, seed, **sections))
 
 
 def main() -> None:
     """See the module."""
     parser = claims_parser(__doc__, "prompt")
-    parser.add_argument("--steps", type=int, default=40, help="of each run, 2,048 tokens a step")
+    parser.add_argument("--steps", type=int, default=120, help="of each run, 2,048 tokens a step")
     parser.add_argument("--untrained", action="store_true", help="only what the base alone says")
     options = parser.parse_args()
     started = time.perf_counter()
-    windows = 8
+    windows = 32
     if options.quick:
         options.steps, windows, options.work = 6, 2, options.work / "quick"
+        options.seeds = 1
     corpus = load_corpus(options.corpus, options.base)
     ids, text = held_out_blocks(corpus, T, windows), held_out_blocks(corpus, T, 2 * windows)[1::2]
     found: dict[str, Any] = {"untrained": untrained(options.base, text, ids)}
     if not options.untrained:
-        found |= trained(options, corpus, ids, windows)
+        seeds = {seed: trained(options, corpus, ids, windows, seed) for seed in range(1, options.seeds + 1)}
+        found |= {"over_seeds": over_seeds(list(seeds.values())), "seeds": seeds}
     tell(options, {"quick": options.quick, "base": str(options.base), "length": T, "steps": options.steps,
                    "batch_tokens": 2048, "windows": windows, **found, **origin(torch.get_num_threads(), started)})  # fmt: skip
 
 
-def trained(options: argparse.Namespace, corpus: Corpus, ids: torch.Tensor, windows: int) -> dict[str, Any]:
-    """The three runs, and what follows from them without further training."""
+def trained(options: argparse.Namespace, corpus: Corpus, ids: torch.Tensor, windows: int, seed: int) -> dict[str, Any]:
+    """The three runs of a seed, and what follows from them without further training."""
     found: dict[str, Any] = {}
-    train_all(options)
-    acc, ltp, none = load_gated(options.work / "acc"), load_gated(options.work / "ltp"), options.work / "none"
+    work = options.work / str(seed)
+    train_all(options, work, seed)
+    acc, ltp, none = load_gated(work / "acc"), load_gated(work / "ltp"), work / "none"
     sweep: dict[str, Any] = {"none-open": measure(on_weights(none), ids, 0.0)}
     plain = tuned(on_weights(none), acc)
     blind = tuned(on_weights(none, Blind), acc)
@@ -167,9 +171,12 @@ def trained(options: argparse.Namespace, corpus: Corpus, ids: torch.Tensor, wind
             sweep[f"plain-{by}-{strength}"] = measure(blind, ids, strength)
         print(json.dumps(sweep), flush=True)
     found["offline_tuning"] = sweep
+    others = ("plain", "plain-random", "plain-first", "plain-last")
+    found["tuned over"] = {f"{other}-{s}": round(sweep[f"tuned-{s}"]["ppl"] / sweep[f"{other}-{s}"]["ppl"], 4)
+                           for other in others for s in STRENGTHS}  # fmt: skip
 
-    state = load_file(options.work / "ltp" / GATE_FILE)
-    log = [json.loads(line) for line in (options.work / "ltp/log.jsonl").read_text().splitlines()]
+    state = load_file(work / "ltp" / GATE_FILE)
+    log = [json.loads(line) for line in (work / "ltp/log.jsonl").read_text().splitlines()]
     stages = [row for row in log if "ppl_soft" in row]
     lengths: dict[str, Any] = {}
     same = strength_for(acc, measure(ltp, ids)["kept"])

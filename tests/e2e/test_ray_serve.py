@@ -174,13 +174,14 @@ def test_completions_and_what_the_gates_did(client, model):
 
 
 def test_a_stream_comes_piece_by_piece(client, model):
-    whole = complete(client, model, 60).choices[0].text
+    """Some seconds long: the first piece waits for a busy machine by tenths of a second, and must still come early."""
+    whole = complete(client, model, 1500).choices[0].text
     begun, times, text = time.monotonic(), [], ""
-    for chunk in complete(client, model, 60, stream=True):
+    for chunk in complete(client, model, 1500, stream=True):
         times.append(time.monotonic() - begun)
         text += chunk.choices[0].text
     assert text == whole
-    assert len(times) > 10 and times[0] < times[-1] / 2
+    assert len(times) > 250 and times[0] < times[-1] / 2
 
 
 def test_chat(client, model):
