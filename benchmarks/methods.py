@@ -5,9 +5,13 @@ For each gated folder and each share of KV to keep, the strength is fitted on ca
 written by force while the gates go on working (``forced.py``). Perplexity is of continuations; an answer is right when each of
 its tokens was the model's first choice, as greedy decoding would have it. ``kept`` is what the engine held of all (token,
 layer, KV head) at a request's end; ``computed`` the share of (prompt token, layer) pairs that methods which skip computation ran.
+ShadowLLM's token form keeps all KV and skips in generated tokens: its budget is the share of their multiplications.
 Speed: prefill of one context and decoding of four at a time, against stock vLLM on the base, engines taking turns.
 
     python benchmarks/methods.py --json benchmarks/results/methods.json DCP=examples/reference-dcp LTP=build/reference/ltp ...
+
+``--beside EARLIER.json`` takes the methods that are not named from an earlier run of the same cases, if the dense base had
+the same perplexity and recall there.
 
 Beside OUT.json come OUT.md and OUT.png.
 """
@@ -19,6 +23,7 @@ import json
 import math
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,7 +41,7 @@ class Point:
     Attributes:
         method, asked, strength: name, share of KV asked for (1: gates open), strength fitted.
         kept: share of keys held at the end of a request, mean over requests.
-        computed: share of (prompt token, layer) pairs computed.
+        computed: share of (prompt token, layer) pairs computed; of the token form, see ``token_form_share``.
         perplexity: of continuations; ratio: to the dense base.
         recall: share of answers right, of ``answers``.
         prefill, decode: speed relative to stock vLLM on the base, medians over rounds; None where not measured.
@@ -53,6 +58,40 @@ class Point:
     answers: int
     prefill: float | None = None
     decode: float | None = None
+
+
+def ungated(folder: Path, where: Path) -> Path:
+    """A folder as its base: itself, or links to the files of a gated one with a config that knows no gates."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.pop("drop_gate", None) is None:
+        return folder
+    for path in folder.resolve().iterdir():
+        if path.is_file() and path.name not in ("config.json", "drop_gate.safetensors"):
+            (where / path.name).symlink_to(path)
+    config["architectures"] = [config["architectures"][0].removeprefix("Pruned")]
+    (where / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return where
+
+
+def token_form_share(folder: Path, strength: float, context: int) -> float:
+    """Of a generated token's multiplications in all blocks, what ShadowLLM's token form runs. K and V are always made.
+
+    Args:
+        context: tokens that it attends to.
+    """
+    from vllm_prune.gates.shadow import share_at
+
+    shape = shape_of(folder)
+    params = json.loads((folder / "config.json").read_text(encoding="utf-8"))["drop_gate"]["params"]
+    skipping = (shape.layers - 1) * shape.kv_heads
+    closed = int(share_at(params["closed"], strength) * skipping + 1e-6)
+    closed = min(closed, skipping - (shape.layers - 1) * params.get("least", 0))
+    shut = int(share_at(params["closed_neurons"], strength) * shape.mlp + 1e-6) * (shape.layers - 1)
+    group = 2 * shape.head_dim * shape.heads // shape.kv_heads * (shape.hidden + context)  # Q, output; QK, PV
+    neuron = 3 * shape.hidden
+    fixed = shape.layers * 2 * shape.hidden * shape.kv_heads * shape.head_dim
+    whole = fixed + shape.layers * (shape.kv_heads * group + shape.mlp * neuron)
+    return 1.0 - (closed * group + shut * neuron) / whole
 
 
 def shape_of(folder: Path) -> Shape:
@@ -76,12 +115,16 @@ class Runner:
                       max_num_batched_tokens=self.tokens, logits_processors=[ForceTokens], **options)  # fmt: skip
 
 
+def method_of(folder: Path) -> str:
+    """Name of a gated folder's method."""
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))["drop_gate"]["method"]
+
+
 def skips(folder: Path) -> bool:
     """Whether the gates of a folder leave out the computation of what they do not keep."""
     from vllm_prune.gates import GATES
 
-    section = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("drop_gate")
-    return section is not None and bool(getattr(GATES[section["method"]], "routes", False))
+    return bool(getattr(GATES[method_of(folder)], "routes", False))
 
 
 def run_cases(engine: Engine, cases: list[Any], skipping: bool = False) -> dict[str, Any]:
@@ -110,8 +153,11 @@ def run_cases(engine: Engine, cases: list[Any], skipping: bool = False) -> dict[
 
 
 def fit(runner: Runner, folder: Path, shape: Shape, keep: float, cases: list[Any], steps: int) -> float:
-    """A strength that keeps about ``keep`` on the calibration cases."""
+    """A strength that keeps about ``keep`` on the calibration cases; of the token form, that computes it."""
     known: dict[float, float] = {}
+    if method_of(folder) == "shadow_token":
+        found = [1.02**i for i in range(-150, 150)]
+        return min(found, key=lambda strength: abs(token_form_share(folder, strength, len(cases[0].context)) - keep))
 
     def kept(strength: float) -> float:
         if strength not in known:
@@ -160,42 +206,67 @@ def markdown(points: list[Point]) -> str:
 
 
 def plot(points: list[Point], path: Path, title: str) -> None:
-    """Perplexity ratio and recall over what is kept; one colour a method."""
+    """Perplexity ratio and recall over what is kept, perplexity ratio over what is computed; one colour a method."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4))
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4.4))
     for method in dict.fromkeys(p.method for p in points if p.method != "dense"):
-        mine = sorted((p for p in points if p.method == method), key=lambda p: p.kept)
-        left.plot([p.kept for p in mine], [p.ratio for p in mine], marker="o", label=method)
-        right.plot([p.kept for p in mine], [p.recall for p in mine], marker="o", label=method)
-    left.axhline(1.0, color="grey", linewidth=0.8)
-    right.axhline(next(p.recall for p in points if p.method == "dense"), color="grey", linewidth=0.8)
-    left.set_yscale("log")
-    left.set_ylabel("perplexity / dense base (log)")
-    right.set_ylabel("share of answers right")
+        mine = [p for p in points if p.method == method]
+        (line,) = left.plot([], [], marker="o", label=method)
+        for axes, x, y in ((left, "kept", "ratio"), (middle, "kept", "recall"), (right, "computed", "ratio")):
+            if any(getattr(p, x) < 1.0 for p in mine):
+                pairs = sorted((getattr(p, x), getattr(p, y)) for p in mine)
+                axes.plot(*zip(*pairs, strict=True), marker="o", color=line.get_color())
     for axes in (left, right):
-        axes.set_xlabel("share of KV held")
+        axes.axhline(1.0, color="grey", linewidth=0.8)
+        axes.set_yscale("log")
+        axes.set_ylabel("perplexity / dense base (log)")
+    middle.axhline(next(p.recall for p in points if p.method == "dense"), color="grey", linewidth=0.8)
+    middle.set_ylabel("share of answers right")
+    for axes, label in ((left, "share of KV held"), (middle, "share of KV held"), (right, "share computed")):
+        axes.set_xlabel(label)
         axes.grid(alpha=0.3)
-    right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    figure.legend(fontsize=8, loc="outside right center")
     figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 0.89, 1))
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def earlier(path: Path, result: dict[str, Any], dense: Point) -> tuple[list[Point], dict[str, Any]]:
+    """Points of an earlier run for methods that this one did not measure, and where each comes from.
+
+    Raises:
+        SystemExit: the earlier run had other cases, budgets, or another base.
+    """
+    other = json.loads(path.read_text(encoding="utf-8"))
+    points = [Point(**p) for p in other["points"]]
+    before = next(p for p in points if p.method == "dense")
+    told = {name: (other[name], json.loads(json.dumps(result[name]))) for name in ("plan", "keeps")}
+    differ = [name for name, (one, another) in told.items() if one != another]
+    differ += [name for name in ("perplexity", "recall", "answers") if getattr(before, name) != getattr(dense, name)]
+    if differ:
+        sys.exit(f"{path} cannot stand beside this run: other {', '.join(differ)}")
+    mine = {p["method"] for p in result["points"]}
+    taken = [p for p in points if p.method not in mine]
+    source = {name: other[name] for name in ("command", "git_commit", "date", "versions", "machine")}
+    return taken, {p.method: other.get("beside", {}).get(p.method, source) for p in taken}
 
 
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("gated", nargs="+", metavar="NAME=DIR")
-    parser.add_argument("--base", type=Path, default=Path("build/reference/base"))
-    parser.add_argument("--corpus", type=Path, default=Path("build/reference/corpus"))
+    parser.add_argument("--base", type=Path, default=Path("examples/reference-dcp"), help="a gated one: its weights")
+    parser.add_argument("--corpus", type=Path, default=Path("build/reference/corpus-dcp"))
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.5, 0.3])
     parser.add_argument("--tokens", type=int, default=1024, help="of a context")
     parser.add_argument("--rounds", type=int, default=5, help="of the speed comparison")
     parser.add_argument("--quick", action="store_true", help="few short cases, one budget: shows that it runs")
+    parser.add_argument("--beside", type=Path, help="result of an earlier run, for the methods that are not named")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
@@ -218,7 +289,8 @@ def main() -> None:
     calibration = [case for case in cases if case.split == "calibration"]
     longest = plan.tokens + 256
     runner, shape = Runner(longest, blocks=4 * longest // 32 + 64), shape_of(options.base)
-    stock = runner.engine(options.base, shape, None)
+    links = tempfile.TemporaryDirectory(prefix="vllm-prune-methods-")
+    stock = runner.engine(ungated(options.base, Path(links.name)), shape, None)
     dense = run_cases(stock, test)
     points = [Point("dense", 1.0, 0.0, ratio=1.0, **dense)]
     failed: dict[str, str] = {}
@@ -228,6 +300,8 @@ def main() -> None:
                 strength = fit(runner, folder, shape, keep, calibration, steps)
                 engine = runner.engine(folder, shape, strength)
                 found = run_cases(engine, test, skips(folder))
+                if method_of(folder) == "shadow_token":
+                    found["computed"] = token_form_share(folder, strength, plan.tokens)
                 prefill, decode = speed(stock, engine, plan.tokens, rounds)
                 engine.close()
             except Exception as error:  # one method must not cost the others their numbers
@@ -238,8 +312,15 @@ def main() -> None:
                                 decode=decode, **found))  # fmt: skip
             say(json.dumps(asdict(points[-1])))
     stock.close()
-    result = {"base": str(options.base), "folders": options.gated, "plan": plan.__dict__, "keeps": keeps, "failed": failed,
-              "points": [asdict(p) for p in points], **origin(options.threads, started)}  # fmt: skip
+    links.cleanup()
+    result: dict[str, Any] = {
+        "base": str(options.base), "folders": options.gated, "plan": plan.__dict__, "keeps": keeps, "failed": failed,
+        "points": [asdict(p) for p in points], **origin(options.threads, started),
+    }  # fmt: skip
+    if options.beside:
+        others, result["beside"] = earlier(options.beside, result, points[0])
+        points += others
+        result["points"] = [asdict(p) for p in points]
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     options.json.with_suffix(".md").write_text(markdown(points), encoding="utf-8")
