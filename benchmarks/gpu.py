@@ -42,6 +42,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--batched-tokens", type=int, help="max_num_batched_tokens of all variants (default: vLLM's)")
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "fp8"), help="of all variants")
     parser.add_argument("--memory", type=float, default=0.9, help="gpu_memory_utilization")
     parser.add_argument(
         "--profile", metavar="FOLDER", help="write tables of kernels there, at --decode's first two settings"
@@ -65,6 +66,7 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
     options: dict[str, Any] = {
         "max_model_len": min(longest, config["max_position_embeddings"]), "max_num_seqs": args.max_num_seqs,
         "enable_prefix_caching": False, "enforce_eager": args.eager, "gpu_memory_utilization": args.memory,
+        "kv_cache_dtype": args.kv_cache_dtype,
     }  # fmt: skip
     if args.block_size:
         options["block_size"] = args.block_size

@@ -83,6 +83,8 @@ class Engine:
         from vllm import LLM
 
         self.shape = shape_of(config)
+        self.kv_bytes = self.shape.kv_bytes // (2 if options.get("kv_cache_dtype") == "fp8" else 1)
+        """Of one token, all layers."""
         self.folder = tempfile.TemporaryDirectory(prefix="vllm-prune-bench-")
         make_folder(Path(self.folder.name), config, variant, keep, rank)
         begin = time.perf_counter()
@@ -129,7 +131,7 @@ class Engine:
 
     def used_bytes(self) -> int:
         blocks = self.pool.num_gpu_blocks - 1 - self.pool.get_num_free_blocks()
-        return int(blocks * self.block_tokens * self.shape.kv_bytes)
+        return int(blocks * self.block_tokens * self.kv_bytes)
 
     def first_token(self, length: int, times: int = 3) -> float:
         """Median seconds from a lone request's arrival to its first token."""
@@ -188,7 +190,7 @@ class Engine:
         Args:
             memory: bytes for the KV cache and what page tables need beside it; the pool's other blocks are taken away meanwhile.
         """
-        blocks = int(memory / (self.block_tokens * self.shape.kv_bytes + self.bookkeeping()))
+        blocks = int(memory / (self.block_tokens * self.kv_bytes + self.bookkeeping()))
         taken = self.pool.get_new_blocks(self.pool.get_num_free_blocks() - blocks)
         self.add([length] * requests, new_tokens)
         most = preempted = 0

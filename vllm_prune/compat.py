@@ -95,10 +95,24 @@ def _multimodal(c: Any) -> bool:
     return bool(c.model_config.is_multimodal_model) or _text_config(c) is not c.model_config.hf_config
 
 
+def has_fp8() -> bool:
+    """Whether this machine's GPU knows fp8 (e4m3)."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.has_device_capability(89))
+
+
+def _foreign_cache(c: Any) -> bool:
+    if c.cache_config.cache_dtype in ("auto", str(c.model_config.dtype).removeprefix("torch.")):
+        return False
+    return c.cache_config.cache_dtype not in KV_DTYPES[_device(c)] or not has_fp8()
+
+
 CONNECTOR = "PruneConnector"
 CONNECTOR_MODULE = "vllm_prune.connector"
 HEAD_SIZES = {"cpu": (32, 64, 96, 128, 160, 192, 224, 256), "cuda": (64, 80, 96, 128, 256)}
 BLOCK_SIZES = {"cpu": (32, 64, 96, 128), "cuda": (16, 32, 64, 128)}
+KV_DTYPES: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": ("fp8", "fp8_e4m3")}
 DTYPES = {"cpu": ("bfloat16", "float32"), "cuda": ("bfloat16", "float16", "float32")}
 """What is served on each device."""
 BASE = "Serve the base model under its own architecture instead."
@@ -132,8 +146,9 @@ REFUSALS: tuple[Refusal, ...] = (
         f"gated models are served in {_by_device(DTYPES)}.", "Pass --dtype bfloat16.",
     ),
     Refusal(
-        "kv-cache-dtype", lambda c: c.cache_config.cache_dtype not in ("auto", str(c.model_config.dtype).removeprefix("torch.")),
-        "KV caches of another dtype than the model's (fp8 and others) are not supported with drop gates.",
+        "kv-cache-dtype", _foreign_cache,
+        "KV caches of another dtype than the model's are not supported with drop gates, but for fp8 (e4m3) on NVIDIA GPUs that "
+        "have it (compute capability 8.9).",
         "Leave --kv-cache-dtype at auto.",
     ),
     Refusal(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm_prune.checkpoint import GATED_ARCHITECTURES, GENERIC_ARCHITECTURE
-from vllm_prune.compat import BLOCK_SIZES, DTYPES, HEAD_SIZES, REFUSALS, SUPPORTED
+from vllm_prune.compat import BLOCK_SIZES, DTYPES, HEAD_SIZES, KV_DTYPES, REFUSALS, SUPPORTED
 from vllm_prune.gates import GATES, Gate, Reads, Reveal, by_token
 from vllm_prune.gates.dms import FORMS
 from vllm_prune.public_dms import BASES
@@ -46,14 +46,20 @@ def _all(values: Iterable[object]) -> str:
 
 def _devices() -> Table:
     rows = tuple(
-        (DEVICES[device], _all(DTYPES[device]), _all(HEAD_SIZES[device]), _all(BLOCK_SIZES[device]))
+        (
+            DEVICES[device],
+            _all(DTYPES[device]),
+            _all(("auto", *KV_DTYPES[device])),
+            _all(HEAD_SIZES[device]),
+            _all(BLOCK_SIZES[device]),
+        )
         for device in HEAD_SIZES
     )
     versions = " and ".join(f"{major}.{minor}" for major, minor in SUPPORTED)
     return Table(
         "Devices",
         f"vLLM releases let through: {versions}; tests run on the first.",
-        ("device", "dtypes", "head sizes", "block sizes"),
+        ("device", "dtypes", "KV cache dtypes", "head sizes", "block sizes"),
         rows,
     )
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .lanes import INTERPRETED, NEVER, Lanes
+from .narrow import gate_pages
 from .rows import Rows
 from .spared import is_spared, spared_naive
 
@@ -44,7 +45,7 @@ def _first(q0, k, born, may, begin, count, start, scale, bias, window, stride, R
 
 @triton.jit(do_not_specialize=["layer"])
 def _crossing(
-    table, length, position, expiry, kv, row_slot, first, row_start, features, chunk, biases, shift, spared, n_spared, scale,
+    table, length, position, expiry, gates, row_slot, first, row_start, features, chunk, biases, shift, spared, n_spared, scale,
     sinks, window, layer, stride, lanes, W, total,
     PER_LAYER: tl.constexpr, H: tl.constexpr, E: tl.constexpr, N: tl.constexpr, NG: tl.constexpr, PAGE: tl.constexpr,
     R: tl.constexpr, WIDE: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, SPLITS: tl.constexpr,
@@ -71,7 +72,9 @@ def _crossing(
             ok = j < past
             page = tl.load(table + gate * W + j // NG, mask=ok, other=0).to(tl.int64)
             k = tl.load(
-                kv + (page * PAGE + (j % NG) * R)[None, :] + x[:, None], mask=ok[None, :] & (x < R)[:, None], other=0.0
+                gates + (page * PAGE + (j % NG) * R)[None, :] + x[:, None],
+                mask=ok[None, :] & (x < R)[:, None],
+                other=0.0,
             )
             if WIDEN:
                 k = k.to(tl.float32)
@@ -117,16 +120,15 @@ def crossing(
     s = lanes.sizes
     if rows.count == 0:
         return
-    if features.stride(-1) != 1 or features.shape[-1] != 2 * s.units * s.gate_rank:
-        raise ValueError(
-            f"features must be [T, {2 * s.units * s.gate_rank}] with dense rows, got {list(features.shape)}"
-        )
+    gates, rank = gate_pages(kv, features.dtype), s.gate_rank * kv.element_size() // features.element_size()
+    if features.stride(-1) != 1 or features.shape[-1] != 2 * s.units * rank:
+        raise ValueError(f"features must be [T, {2 * s.units * rank}] with dense rows, got {list(features.shape)}")
     _crossing[(rows.count, s.units, splits)](
-        lanes.table, lanes.length, lanes.position, lanes.expiry, kv, rows.slot, rows.first, rows.start, features, chunk, biases,
-        lanes.shift, lanes.spared, lanes.n_spared, scale, sinks, window, layer, features.stride(0), s.lanes, s.width,
+        lanes.table, lanes.length, lanes.position, lanes.expiry, gates, rows.slot, rows.first, rows.start, features, chunk,
+        biases, lanes.shift, lanes.spared, lanes.n_spared, scale, sinks, window, layer, features.stride(0), s.lanes, s.width,
         chunk.shape[1],
-        PER_LAYER=s.per_layer, H=s.heads, E=s.units, N=s.page_tokens, NG=s.gate_page_tokens, PAGE=s.page_numbers,
-        R=s.gate_rank, WIDE=max(16, triton.next_power_of_2(s.gate_rank)), KEYS=KEYS, QUERIES=16 if most_tokens == 1 else 64,
+        PER_LAYER=s.per_layer, H=s.heads, E=s.units, N=s.page_tokens, NG=s.gate_page_tokens, PAGE=gates.shape[1],
+        R=rank, WIDE=max(16, triton.next_power_of_2(rank)), KEYS=KEYS, QUERIES=16 if most_tokens == 1 else 64,
         SPLITS=splits, WIDEN=INTERPRETED, NEVER=NEVER, WORDS=s.words,
     )  # fmt: skip
 
@@ -137,17 +139,20 @@ def crossing_naive(
 ) -> None:  # fmt: skip
     """``crossing``, key by key. Arguments as there."""
     s = lanes.sizes
+    rank, gates = features.shape[1] // (2 * s.units), gate_pages(kv, features.dtype)
     for row, slot in enumerate(rows.slot.tolist()):
         if slot < 0:
             continue
         begin, end, start = int(rows.first[row]), int(rows.first[row + 1]), int(rows.start[row])
         for unit in range(s.units):
-            q = features[begin:end, unit * s.gate_rank : (unit + 1) * s.gate_rank].float()
-            own = features[begin:end, (s.units + unit) * s.gate_rank : (s.units + unit + 1) * s.gate_rank].float()
+            q = features[begin:end, unit * rank : (unit + 1) * rank].float()
+            own = features[begin:end, (s.units + unit) * rank : (s.units + unit + 1) * rank].float()
             bias = float(biases[unit] + lanes.shift[slot])
             lane = layer * s.per_layer + unit
             places = [place(lanes, slot, lane, j) for j in range(int(lanes.length[slot, lane]))]
-            keys = [(int(lanes.position[at]), gate_key(lanes, kv, slot, layer, unit, j)) for j, at in enumerate(places)]
+            keys = [
+                (int(lanes.position[at]), gate_key(lanes, gates, slot, layer, unit, j)) for j, at in enumerate(places)
+            ]
             keys += [(start + i, own[i]) for i in range(end - begin)]
             for index, (born, k) in enumerate(keys):
                 found = NEVER
@@ -172,9 +177,10 @@ def place(lanes: Lanes, slot: int, lane: int, index: int) -> tuple[int, int]:
     return int(lanes.table[slot, lane, index // n]), index % n
 
 
-def gate_key(lanes: Lanes, kv: torch.Tensor, slot: int, layer: int, unit: int, index: int) -> torch.Tensor:
-    """k' [r] of a token, float32."""
+def gate_key(lanes: Lanes, gates: torch.Tensor, slot: int, layer: int, unit: int, index: int) -> torch.Tensor:
+    """k' [r] of a token, float32. gates: see ``gate_pages``."""
     s = lanes.sizes
     page = int(lanes.table[slot, layer * s.per_layer + s.heads + unit, index // s.gate_page_tokens])
-    at = index % s.gate_page_tokens * s.gate_rank
-    return kv[page, at : at + s.gate_rank].float()
+    rank = s.gate_rank * gates.shape[1] // s.page_numbers
+    at = index % s.gate_page_tokens * rank
+    return gates[page, at : at + rank].float()

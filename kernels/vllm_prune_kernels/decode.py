@@ -45,8 +45,9 @@ def _part(length, SPLITS: tl.constexpr, KEYS: tl.constexpr, LEAST: tl.constexpr)
 
 @triton.jit(do_not_specialize=["layer"])
 def _decode(
-    table, length, kv, row_slot, first, query, out, partial, sums, arrivals, scale, layer, lanes, W, query_stride, query_head,
-    out_stride, out_head, PER_LAYER: tl.constexpr, H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
+    table, length, kv, row_slot, first, query, out, partial, sums, arrivals, scale, v_scale, layer, lanes, W, query_stride,
+    query_head, out_stride, out_head,
+    PER_LAYER: tl.constexpr, H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
     PAGE: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, LEAST: tl.constexpr, SPLITS: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -84,8 +85,7 @@ def _decode(
         else:
             k = tl.load(kv + place[None, :] + d[:, None], mask=ok[None, :] & (d < D)[:, None], other=0.0)
             v = tl.load(kv + place[:, None] + D + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0)
-        if WIDEN:
-            k, v = k.to(tl.float32), v.to(tl.float32)
+        k, v = k.to(q.dtype), v.to(q.dtype)
         logit = tl.where(ok[None, :], tl.dot(q, k, input_precision="ieee") * scale, float("-inf"))
         higher = tl.maximum(top, tl.max(logit, 1))
         p = tl.exp2(logit - higher[:, None])
@@ -93,6 +93,8 @@ def _decode(
         total = total * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         top = higher
+    if kv.dtype.element_ty.is_fp8():
+        acc *= v_scale
     into = out + begin.to(tl.int64) * out_stride
     if tokens <= part:
         result = acc / tl.where(total > 0.0, total, 1.0)[:, None]
@@ -122,18 +124,19 @@ def _decode(
 
 def decode(
     lanes: Lanes, kv: torch.Tensor, rows: Rows, layer: int, query: torch.Tensor, out: torch.Tensor, scale: float,
-    partial: torch.Tensor, sums: torch.Tensor, arrivals: torch.Tensor, splits: int,
+    partial: torch.Tensor, sums: torch.Tensor, arrivals: torch.Tensor, splits: int, k_scale: float = 1.0, v_scale: float = 1.0,
 ) -> None:  # fmt: skip
     """Attention of rows of one token; others are left alone.
 
     Args:
-        kv: [P, 2 N D], the cache.
+        kv: [P, 2 N D], the cache, of query's dtype or FP8.
         rows: of the step; ``layer``: 0 to L - 1.
         query: [T, H G, D]; out: alike, written. The last dimension of both is dense.
         scale: of the logits.
         partial, sums: float32, at least as many numbers as ``scratch_for`` says.
         arrivals: int32 [R, H] at least, zero between launches.
         splits: parts a lane, at most (``splits_for``).
+        k_scale, v_scale: of an FP8 cache; 1 of another.
     """
     s = lanes.sizes
     if rows.count == 0:
@@ -141,16 +144,18 @@ def decode(
     group = query.shape[1] // s.heads
     wide = max(16, triton.next_power_of_2(s.head_size))
     _decode[(rows.count, s.heads, splits)](
-        lanes.table, lanes.length, kv, rows.slot, rows.first, query, out, partial, sums, arrivals, scale * 1.4426950408889634,
-        layer, s.lanes, s.width, query.stride(0), query.stride(1), out.stride(0), out.stride(1), PER_LAYER=s.per_layer,
-        H=s.heads, N=s.page_tokens, D=s.head_size, WIDE=wide, PAGE=s.page_numbers, G=group,
+        lanes.table, lanes.length, kv, rows.slot, rows.first, query, out, partial, sums, arrivals,
+        scale * k_scale * 1.4426950408889634, v_scale, layer, s.lanes, s.width, query.stride(0), query.stride(1), out.stride(0),
+        out.stride(1), PER_LAYER=s.per_layer, H=s.heads, N=s.page_tokens, D=s.head_size, WIDE=wide, PAGE=s.page_numbers, G=group,
         GROUP=max(16, triton.next_power_of_2(group)), KEYS=KEYS, LEAST=LEAST, SPLITS=splits, WIDEN=INTERPRETED, num_warps=WARPS,
-        num_stages=STAGES if wide <= 128 and kv.element_size() == 2 else 2,
+        num_stages=STAGES if wide <= 128 and kv.element_size() <= 2 else 2,
     )  # fmt: skip
 
 
-def decode_naive(lanes: Lanes, kv: torch.Tensor, rows: Rows, layer: int, query: torch.Tensor, out: torch.Tensor,
-                 scale: float, precision: torch.dtype = torch.float64) -> None:  # fmt: skip
+def decode_naive(
+    lanes: Lanes, kv: torch.Tensor, rows: Rows, layer: int, query: torch.Tensor, out: torch.Tensor, scale: float,
+    precision: torch.dtype = torch.float64, k_scale: float = 1.0, v_scale: float = 1.0,
+) -> None:  # fmt: skip
     """``decode``, row by row and head by head, computed in ``precision``."""
     s = lanes.sizes
     group = query.shape[1] // s.heads
@@ -161,7 +166,8 @@ def decode_naive(lanes: Lanes, kv: torch.Tensor, rows: Rows, layer: int, query: 
         for h in range(s.heads):
             k, v = lane_tokens(lanes, kv, slot, layer, h, precision)
             q = query[begin, h * group : (h + 1) * group].to(precision)
-            out[begin, h * group : (h + 1) * group] = ((q @ k.T * scale).softmax(-1) @ v).to(out.dtype)
+            weight = (q @ k.T * (scale * k_scale)).softmax(-1)
+            out[begin, h * group : (h + 1) * group] = (weight @ v * v_scale).to(out.dtype)
 
 
 def lane_tokens(lanes: Lanes, kv: torch.Tensor, slot: int, layer: int, head: int,

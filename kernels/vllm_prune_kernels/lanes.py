@@ -1,9 +1,9 @@
 """The worker's lanes as tensors at fixed addresses, which kernels read and change; nothing of them is read back in a step.
 
-Letters: S request slots, L layers, H KV heads, E eviction units a layer (1 or H), N tokens a page, D head size, r numbers that
-a gate lane remembers per token, Ng = 2 N D / r tokens a gate page, B blocks, Q = L H pages a block, P = B Q head-pages, W pages
-that a lane can have, G grants that a request can hold. A layer's lanes: H of K/V, then E of gate keys if r > 0; Z lanes in all.
-A K/V page holds a token's row as K then V, [N, 2 D]; a gate page gate keys, [Ng, r].
+Letters: S request slots, L layers, H KV heads, E eviction units a layer (1 or H), N tokens a page, D head size, r numbers
+that a gate lane takes per token (of the cache: see ``narrow``), Ng = 2 N D / r tokens a gate page, B blocks, Q = L H pages a
+block, P = B Q head-pages, W pages that a lane can have, G grants that a request can hold. A layer's lanes: H of K/V, then E of
+gate keys if r > 0; Z lanes in all. A K/V page holds a token's row as K then V, [N, 2 D]; a gate page gate keys, [Ng, r].
 
 The free pages of a block are its own stack, so that all stacks together have P places: page p belongs to block (p // H) % B.
 """

@@ -63,6 +63,7 @@ def _live(
 @triton.jit
 def _add(q, k, v, seen, scale, top, total, acc):
     """Keys k [D, S] and values v [S, D] into a running softmax, where ``seen`` [Q, S]."""
+    k, v = k.to(q.dtype), v.to(q.dtype)
     logit = tl.where(seen, tl.dot(q, k, input_precision="ieee") * scale, float("-inf"))
     higher = tl.maximum(top, tl.max(logit, 1))
     p = tl.exp2(logit - higher[:, None])
@@ -74,7 +75,7 @@ def _add(q, k, v, seen, scale, top, total, acc):
 
 
 @triton.jit
-def _fetch(keys, values, offsets, ok, D: tl.constexpr, WIDE: tl.constexpr, WIDEN: tl.constexpr):
+def _fetch(keys, values, offsets, ok, D: tl.constexpr, WIDE: tl.constexpr):
     """K [D, S] and V [S, D] of tokens at ``offsets`` from two pointers."""
     d = tl.arange(0, WIDE)
     if WIDE == D:
@@ -83,15 +84,13 @@ def _fetch(keys, values, offsets, ok, D: tl.constexpr, WIDE: tl.constexpr, WIDEN
     else:
         k = tl.load(keys + offsets[None, :] + d[:, None], mask=ok[None, :] & (d < D)[:, None], other=0.0)
         v = tl.load(values + offsets[:, None] + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0)
-    if WIDEN:
-        k, v = k.to(tl.float32), v.to(tl.float32)
     return k, v
 
 
 @triton.jit(do_not_specialize=["layer", "total", "width", "share"])
 def _prefill(
-    table, length, expiry, kv, row_slot, first, row_start, query, key, value, chunk, lists, counts, out, scale, layer, lanes, W,
-    total, width, share, query_stride, query_head, key_stride, out_stride, out_head,
+    table, length, expiry, kv, row_slot, first, row_start, query, key, value, chunk, lists, counts, out, scale, k_scale, v_scale,
+    layer, lanes, W, total, width, share, query_stride, query_head, key_stride, out_stride, out_head,
     PER_LAYER: tl.constexpr, E: tl.constexpr, N: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
     G: tl.constexpr, QUERIES: tl.constexpr, PART: tl.constexpr, KEYS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -129,8 +128,10 @@ def _prefill(
         owner = page if E > 1 else tl.load(owners + j // N, mask=ok, other=0).to(tl.int64)
         dies = tl.load(expiry + owner * N + j % N, mask=ok, other=-2147483648)
         offsets = page * PAGE + (j % N) * (2 * D)
-        k, v = _fetch(kv, kv + D, offsets, ok, D, WIDE, WIDEN)
-        top, sums, acc = _add(q, k, v, dies[None, :] > n[:, None], scale, top, sums, acc)
+        k, v = _fetch(kv, kv + D, offsets, ok, D, WIDE)
+        top, sums, acc = _add(q, k, v, dies[None, :] > n[:, None], scale * k_scale, top, sums, acc)
+    if kv.dtype.element_ty.is_fp8():
+        acc *= v_scale  # what follows is not in the cache
     # Earlier keys of the chunk that live at the tile's first query.
     live = tl.load(counts + unit * total + begin + before)
     listed = lists + unit * width.to(tl.int64) + begin * share + (tile.to(tl.int64) - 1) * tile // 2 * QUERIES
@@ -139,14 +140,14 @@ def _prefill(
         ok = at + o < live
         j = tl.load(listed + at + o, mask=ok, other=0)
         dies = tl.load(dying + j, mask=ok, other=-2147483648)
-        k, v = _fetch(key + h * D, value + h * D, (begin + j) * key_stride, ok, D, WIDE, WIDEN)
+        k, v = _fetch(key + h * D, value + h * D, (begin + j) * key_stride, ok, D, WIDE)
         top, sums, acc = _add(q, k, v, dies[None, :] > n[:, None], scale, top, sums, acc)
     # The tile's own keys.
     for at in range(before, tl.minimum(i0 + PART, count), KEYS):
         j = at + o
         ok = j < count
         dies = tl.load(dying + j, mask=ok, other=-2147483648)
-        k, v = _fetch(key + h * D, value + h * D, (begin + j) * key_stride, ok, D, WIDE, WIDEN)
+        k, v = _fetch(key + h * D, value + h * D, (begin + j) * key_stride, ok, D, WIDE)
         top, sums, acc = _add(q, k, v, (dies[None, :] > n[:, None]) & (j[None, :] <= i[:, None]), scale, top, sums, acc)
     result = acc / tl.where(sums > 0.0, sums, 1.0)[:, None]
     into = out + (begin + i)[:, None] * out_stride + head * out_head + d[None, :]
@@ -164,17 +165,19 @@ def _tiles(head_size: int, elem: int) -> tuple[int, int, int, int]:
 def prefill(
     lanes: Lanes, kv: torch.Tensor, rows: Rows, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     chunk: torch.Tensor, lists: torch.Tensor, counts: torch.Tensor, out: torch.Tensor, scale: float, most_tokens: int,
+    k_scale: float = 1.0, v_scale: float = 1.0,
 ) -> None:  # fmt: skip
     """Attention of rows of several tokens; others are left alone.
 
     Args:
-        kv: [P, 2 N D], the cache.
+        kv: [P, 2 N D], the cache, of query's dtype or FP8; the step's own keys and values are read as they are.
         rows: of the step; ``layer``: 0 to L - 1.
         query: [T, H G, D]; key, value: [T, H, D] with equal strides, what is inside a token dense; out: like query, written.
         chunk: int32 [E, T], expiries of the step's own keys.
         lists: int32 [E, ``list_width(T)``], counts: int32 [E, T], scratch.
         scale: of the logits.
         most_tokens: the most tokens a row has.
+        k_scale, v_scale: of an FP8 cache; 1 of another.
     """
     s = lanes.sizes
     if rows.count == 0 or most_tokens < 2:
@@ -190,7 +193,7 @@ def prefill(
     part, keys, warps, stages = _tiles(s.head_size, query.element_size())
     _prefill[(triton.cdiv(most_tokens, part), heads, rows.count)](
         lanes.table, lanes.length, lanes.expiry, kv, rows.slot, rows.first, rows.start, query, key, value, chunk, lists, counts,
-        out, scale * 1.4426950408889634, layer, s.lanes, s.width, **numbers, query_stride=query.stride(0),
+        out, scale * 1.4426950408889634, k_scale, v_scale, layer, s.lanes, s.width, **numbers, query_stride=query.stride(0),
         query_head=query.stride(1), key_stride=key.stride(0), out_stride=out.stride(0),
         out_head=out.stride(1), PER_LAYER=s.per_layer, E=s.units, N=s.page_tokens, D=s.head_size,
         WIDE=max(16, triton.next_power_of_2(s.head_size)), PAGE=s.page_numbers, G=heads // s.heads, QUERIES=QUERIES, PART=part,
@@ -201,6 +204,7 @@ def prefill(
 def prefill_naive(
     lanes: Lanes, kv: torch.Tensor, rows: Rows, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     chunk: torch.Tensor, out: torch.Tensor, scale: float, precision: torch.dtype = torch.float64,
+    k_scale: float = 1.0, v_scale: float = 1.0,
 ) -> None:  # fmt: skip
     """``prefill``, row by row and head by head, computed in ``precision``."""
     s = lanes.sizes
@@ -217,8 +221,8 @@ def prefill_naive(
             j = torch.arange(len(past), device=kv.device)
             dies = lanes.expiry[lanes.table[slot, owner].long()[j // s.page_tokens], j % s.page_tokens]
             k, v = (
-                torch.cat([past, key[begin:end, h].to(precision)]),
-                torch.cat([values, value[begin:end, h].to(precision)]),
+                torch.cat([past * k_scale, key[begin:end, h].to(precision)]),
+                torch.cat([values * v_scale, value[begin:end, h].to(precision)]),
             )
             own = (n >= n.T) & (chunk[unit, begin:end][None] > n)
             seen = torch.cat([dies[None] > n, own], dim=1)

@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .lanes import Lanes
+from .lanes import INTERPRETED, Lanes
+from .narrow import gate_pages, narrow, narrow_naive
 from .rows import Rows
 
 HEAD = 256
@@ -109,11 +110,11 @@ def _retire(
 
 @triton.jit(do_not_specialize=["layer"])
 def _settle(
-    table, position, expiry, link, kv, row_slot, first, row_start, chunk, settled, rank, key, value, features, layer, lanes, W,
-    total, key_stride, value_stride, feature_stride,
+    table, position, expiry, link, kv, gates, row_slot, first, row_start, chunk, settled, rank, key, value, features, k_scale,
+    v_scale, layer, lanes, W, total, key_stride, value_stride, feature_stride,
     PER_LAYER: tl.constexpr, H: tl.constexpr, E: tl.constexpr, N: tl.constexpr, NG: tl.constexpr, D: tl.constexpr,
-    R: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
-    MOVE: tl.constexpr, APPEND: tl.constexpr,
+    R: tl.constexpr, SPAN: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
+    MOVE: tl.constexpr, APPEND: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     row, h = tl.program_id(0), tl.program_id(1)
     slot = tl.load(row_slot + row).to(tl.int64)
@@ -135,7 +136,7 @@ def _settle(
             to = tl.load(link + at, mask=ok, other=-1)
             ok = ok & (to >= 0)
             size = N if h < H else NG
-            wide = 2 * D if h < H else R
+            wide = 2 * D if h < H else SPAN
             source = (
                 tl.load(table + (base + h) * W + j // size, mask=ok, other=0).to(tl.int64) * PAGE + (j % size) * wide
             )
@@ -164,6 +165,10 @@ def _settle(
                 mask = ok[:, None] & (x < D)[None, :]
                 k = tl.load(key + token[:, None] * key_stride + h * D + x[None, :], mask=mask, other=0.0)
                 v = tl.load(value + token[:, None] * value_stride + h * D + x[None, :], mask=mask, other=0.0)
+                k, v = (
+                    narrow(k, kv.dtype.element_ty, k_scale, INTERPRETED),
+                    narrow(v, kv.dtype.element_ty, v_scale, INTERPRETED),
+                )
                 tl.store(kv + target[:, None] + x[None, :], k, mask=mask)
                 tl.store(kv + target[:, None] + D + x[None, :], v, mask=mask)
                 if h == unit:
@@ -172,17 +177,17 @@ def _settle(
                     tl.store(expiry + at, tl.load(chunk + unit * total + token, mask=ok, other=0), mask=ok)
             else:
                 page = tl.load(table + (base + h) * W + j // NG, mask=ok, other=0).to(tl.int64)
-                target = page * PAGE + (j % NG) * R
+                target = page * (PAGE * R // SPAN) + (j % NG) * R
                 mask = ok[:, None] & (x < R)[None, :]
                 g = tl.load(
                     features + token[:, None] * feature_stride + (E + unit) * R + x[None, :], mask=mask, other=0.0
                 )
-                tl.store(kv + target[:, None] + x[None, :], g, mask=mask)
+                tl.store(gates + target[:, None] + x[None, :], g, mask=mask)
 
 
 def settle(
     lanes: Lanes, kv: torch.Tensor, rows: Rows, layer: int, key: torch.Tensor, value: torch.Tensor, features: torch.Tensor | None,
-    chunk: torch.Tensor, rank: torch.Tensor, most_tokens: int, splits: int = 1,
+    chunk: torch.Tensor, rank: torch.Tensor, most_tokens: int, splits: int = 1, k_scale: float = 1.0, v_scale: float = 1.0,
 ) -> None:  # fmt: skip
     """Drop and write for all rows of a layer.
 
@@ -194,6 +199,7 @@ def settle(
         rank: int32 [E, T], scratch.
         most_tokens: the most tokens a row has.
         splits: programs a lane.
+        k_scale, v_scale: of an FP8 cache: what is stored is divided by them.
     """
     s = lanes.sizes
     if rows.count == 0:
@@ -208,14 +214,17 @@ def settle(
         PER_LAYER=s.per_layer, H=s.heads, E=s.units, N=s.page_tokens, HEAD=1024 if single else HEAD, TAIL=16 if single else 128,
     )  # fmt: skip
     gate = key if features is None else features
+    gates = gate_pages(kv, gate.dtype)
     # What is appended lies where movers came from: several programs a lane must not do both at once.
     for move, append in [(True, True)] if splits == 1 else [(True, False), (False, True)]:
         _settle[(rows.count, s.per_layer, splits)](
-            lanes.table, lanes.position, lanes.expiry, lanes.link, kv, rows.slot, rows.first, rows.start, chunk, rows.settled,
-            rank, key, value, gate, layer, s.lanes, s.width, total, key.stride(0), value.stride(0), gate.stride(0),
-            PER_LAYER=s.per_layer, H=s.heads, E=s.units, N=s.page_tokens, NG=s.gate_page_tokens, D=s.head_size, R=s.gate_rank,
+            lanes.table, lanes.position, lanes.expiry, lanes.link, kv, gates, rows.slot, rows.first, rows.start, chunk,
+            rows.settled, rank, key, value, gate, k_scale, v_scale, layer, s.lanes, s.width, total, key.stride(0),
+            value.stride(0), gate.stride(0),
+            PER_LAYER=s.per_layer, H=s.heads, E=s.units, N=s.page_tokens, NG=s.gate_page_tokens, D=s.head_size,
+            R=s.gate_rank * kv.element_size() // gate.element_size(), SPAN=max(1, s.gate_rank),
             WIDE=triton.next_power_of_2(max(2 * s.head_size, s.gate_rank)), PAGE=s.page_numbers, TILE=16, MOVE=move,
-            APPEND=append,
+            APPEND=append, INTERPRETED=INTERPRETED,
         )  # fmt: skip
 
 
@@ -236,7 +245,7 @@ def token_rows(lanes: Lanes, kv: torch.Tensor, slot: int, lane: int, index: int)
 
 def settle_naive(
     lanes: Lanes, kv: torch.Tensor, rows: Rows, layer: int, key: torch.Tensor, value: torch.Tensor, features: torch.Tensor | None,
-    chunk: torch.Tensor,
+    chunk: torch.Tensor, k_scale: float = 1.0, v_scale: float = 1.0,
 ) -> None:  # fmt: skip
     """``settle``, token by token."""
     s = lanes.sizes
@@ -272,10 +281,15 @@ def settle_naive(
                 for lane in mine:
                     h, row_view = lane % s.per_layer, token_rows(lanes, kv, slot, lane, left)
                     if h < s.heads:
-                        row_view.copy_(torch.cat([key[begin + i, h], value[begin + i, h]]))
+                        k, v = (
+                            narrow_naive(key[begin + i, h], kv.dtype, k_scale),
+                            narrow_naive(value[begin + i, h], kv.dtype, v_scale),
+                        )
+                        row_view.copy_(torch.cat([k, v]))
                     else:
                         assert features is not None
-                        row_view.copy_(features[begin + i, (s.units + unit) * s.gate_rank :][: s.gate_rank])
+                        stored = gate_pages(row_view, features.dtype)
+                        stored.copy_(features[begin + i, (s.units + unit) * len(stored) :][: len(stored)])
                 lanes.position[at(left)], lanes.expiry[at(left)] = start + i, expires
                 left += 1
             for lane in mine:

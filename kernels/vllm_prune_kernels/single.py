@@ -13,8 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .lanes import NEVER, Lanes
+from .lanes import INTERPRETED, NEVER, Lanes
 from .marks import _mix
+from .narrow import gate_pages, narrow
 from .rows import Rows
 from .settle import pair_up
 from .spared import is_spared
@@ -89,13 +90,13 @@ def _pair_listed(
 
 @triton.jit(do_not_specialize=["layer", "layers", "most"])
 def _single(
-    table, length, position, expiry, link, dropped, recorded, kv, row_slot, first, row_start, key, value, features, constants,
-    shift, limits, delays, spared, n_spared, arrivals, deaths, dead, scale, sinks, window, layer, layers, lanes, W, most,
-    key_stride, value_stride, feature_stride,
+    table, length, position, expiry, link, dropped, recorded, kv, gates, row_slot, first, row_start, key, value, features,
+    k_scale, v_scale, constants, shift, limits, delays, spared, n_spared, arrivals, deaths, dead, scale, sinks, window, layer,
+    layers, lanes, W, most, key_stride, value_stride, feature_stride,
     KIND: tl.constexpr, PER_LAYER: tl.constexpr, H: tl.constexpr, E: tl.constexpr, N: tl.constexpr, NG: tl.constexpr,
-    D: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr, LANES: tl.constexpr,
-    KEYS: tl.constexpr, LISTED: tl.constexpr, SPLITS: tl.constexpr, NEVER: tl.constexpr,
-    WORDS: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, SPAN: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
+    LANES: tl.constexpr, KEYS: tl.constexpr, LISTED: tl.constexpr, SPLITS: tl.constexpr, NEVER: tl.constexpr,
+    WORDS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     row, unit, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot = tl.load(row_slot + row).to(tl.int64)
@@ -122,7 +123,9 @@ def _single(
         if KIND == 1:
             page = tl.load(table + (first_lane + H + unit) * W + j // NG, mask=ok, other=0).to(tl.int64)
             k = tl.load(
-                kv + (page * PAGE + (j % NG) * R)[:, None] + x[None, :], mask=ok[:, None] & (x < R)[None, :], other=0.0
+                gates + (page * (PAGE * R // SPAN) + (j % NG) * R)[:, None] + x[None, :],
+                mask=ok[:, None] & (x < R)[None, :],
+                other=0.0,
             )
             score = tl.sum(k.to(tl.float32) * q[None, :], 1) * scale + bias
             born = tl.load(position + at, mask=ok, other=0)
@@ -162,7 +165,7 @@ def _single(
         has = h < PER_LAYER
         is_kv = h < H
         size = tl.where(is_kv, N, NG)
-        wide = tl.where(is_kv, 2 * D, R)
+        wide = tl.where(is_kv, 2 * D, SPAN)
         pages = table + (first_lane + h) * W
         whole = has[:, None] & (w[None, :] < wide[:, None])
         for j in range(left, old):
@@ -174,14 +177,15 @@ def _single(
                 moved = tl.load(kv + source[:, None] + w[None, :], mask=whole, other=0.0)
                 tl.store(kv + target[:, None] + w[None, :], moved, mask=whole)
         tl.debug_barrier()  # what is appended lies where a mover came from
-        target = tl.load(pages + left // size, mask=has, other=0).to(tl.int64) * PAGE + (left % size) * wide
+        page = tl.load(pages + left // size, mask=has, other=0).to(tl.int64)
+        target = page * PAGE + (left % size) * wide
         into = kv + target[:, None] + w[None, :]
         is_key = (has & is_kv)[:, None] & (w < D)[None, :]
         is_value = (has & is_kv)[:, None] & (w >= D)[None, :] & (w < 2 * D)[None, :]
         k = tl.load(key + token * key_stride + h[:, None] * D + w[None, :], mask=is_key, other=0.0)
         v = tl.load(value + token * value_stride + h[:, None] * D + w[None, :] - D, mask=is_value, other=0.0)
-        tl.store(into, k, mask=is_key)
-        tl.store(into, v, mask=is_value)
+        tl.store(into, narrow(k, kv.dtype.element_ty, k_scale, INTERPRETED), mask=is_key)
+        tl.store(into, narrow(v, kv.dtype.element_ty, v_scale, INTERPRETED), mask=is_value)
         if PER_LAYER > H:
             is_gate = (has & (h >= H))[:, None] & (w < R)[None, :]
             g = tl.load(
@@ -189,7 +193,8 @@ def _single(
                 mask=is_gate,
                 other=0.0,
             )
-            tl.store(into, g, mask=is_gate)
+            target = page * (PAGE * R // SPAN) + (left % size) * R
+            tl.store(gates + target[:, None] + w[None, :], g, mask=is_gate)
         dies = NEVER
         if KIND == 3:
             salt, limit = tl.load(constants + unit).to(tl.uint32), tl.load(limits + slot)
@@ -208,7 +213,7 @@ def _single(
 
 def single(
     lanes: Lanes, kv: torch.Tensor, rows: Rows, layer: int, rule: Decision, key: torch.Tensor, value: torch.Tensor,
-    features: torch.Tensor | None, meeting: Meeting, splits: int,
+    features: torch.Tensor | None, meeting: Meeting, splits: int, k_scale: float = 1.0, v_scale: float = 1.0,
 ) -> None:  # fmt: skip
     """Decide, drop and write for rows of one token each (or padding).
 
@@ -218,6 +223,7 @@ def single(
         key, value: [T, H, D], heads dense; features: [T, F] as ``crossing`` or ``delayed`` and ``settle`` want them, or None.
         meeting: scratch of at least as many rows.
         splits: programs a row and unit.
+        k_scale, v_scale: of an FP8 cache: what is stored is divided by them.
     """
     s = lanes.sizes
     if rows.count == 0:
@@ -225,14 +231,16 @@ def single(
     if (rule.kind in (QUERY, DELAYED) or s.gate_rank) and (features is None or features.stride(-1) != 1):
         raise ValueError("features are needed, with dense rows")
     gate = key if features is None else features
+    rank = s.gate_rank * kv.element_size() // gate.element_size()
     _single[(rows.count, s.units, splits)](
-        lanes.table, lanes.length, lanes.position, lanes.expiry, lanes.link, lanes.dropped, lanes.recorded, kv, rows.slot,
-        rows.first, rows.start, key, value, gate, rule.constants, lanes.shift, lanes.limit, lanes.delay, lanes.spared,
-        lanes.n_spared, meeting.arrivals, meeting.deaths, meeting.dead, rule.scale, rule.sinks, rule.window, layer,
-        s.layers, s.lanes, s.width, lanes.record_tokens, key.stride(0), value.stride(0), gate.stride(0),
+        lanes.table, lanes.length, lanes.position, lanes.expiry, lanes.link, lanes.dropped, lanes.recorded, kv,
+        gate_pages(kv, gate.dtype), rows.slot, rows.first, rows.start, key, value, gate, k_scale, v_scale, rule.constants,
+        lanes.shift, lanes.limit, lanes.delay, lanes.spared, lanes.n_spared, meeting.arrivals, meeting.deaths,
+        meeting.dead, rule.scale, rule.sinks, rule.window, layer, s.layers, s.lanes, s.width, lanes.record_tokens,
+        key.stride(0), value.stride(0), gate.stride(0),
         KIND=rule.kind, PER_LAYER=s.per_layer, H=s.heads, E=s.units, N=s.page_tokens, NG=s.gate_page_tokens, D=s.head_size,
-        R=s.gate_rank, RANK=max(16, triton.next_power_of_2(s.gate_rank)),
+        R=rank, SPAN=max(1, s.gate_rank), RANK=max(16, triton.next_power_of_2(rank)),
         WIDE=triton.next_power_of_2(max(2 * s.head_size, s.gate_rank)), PAGE=s.page_numbers,
         LANES=triton.next_power_of_2(s.per_layer // (1 if s.units == 1 else s.heads)), KEYS=KEYS, LISTED=LISTED, SPLITS=splits,
-        NEVER=NEVER, WORDS=s.words,
+        NEVER=NEVER, WORDS=s.words, INTERPRETED=INTERPRETED,
     )  # fmt: skip

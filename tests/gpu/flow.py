@@ -27,6 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
 CASES = [
     *(f"{method},v2,graphs" for method in METHODS), "dcp,v2,eager", "dcp,v1,graphs", "dcp,v1,eager", "dms,v1,graphs",
     "open,v2,graphs", "dcp_generic,v2,graphs", "dcp_prefix,v2,graphs", "dms_prefix,v1,eager",
+    "dcp_fp8,v2,graphs", "dms_fp8,v1,eager",
 ]  # fmt: skip
 
 
@@ -58,6 +59,7 @@ def run(case: str, null: bool) -> None:
     from vllm import SamplingParams
 
     method, prefixes = method.removesuffix("_prefix"), method.endswith("_prefix")
+    method, narrow = method.removesuffix("_fp8"), method.endswith("_fp8")
     name = {"open": "random", "dcp_generic": "dcp"}.get(method, method)
     params = METHODS[name]
     with tempfile.TemporaryDirectory() as folder:
@@ -66,7 +68,7 @@ def run(case: str, null: bool) -> None:
                            generic=method == "dcp_generic", **params)  # fmt: skip
         if null:
             make_up_reports()
-        options: dict[str, Any] = {"enable_prefix_caching": prefixes}
+        options: dict[str, Any] = {"enable_prefix_caching": prefixes, "kv_cache_dtype": "fp8" if narrow else "auto"}
         if method == "open":
             options["additional_config"] = {"vllm_prune": {"strength": 0.0}}
         with engine(model, enforce_eager=mode == "eager", block_size=64, max_num_seqs=8, kv_cache_memory_bytes=None,

@@ -19,7 +19,7 @@ from support import (
     tiny_config,
     token_ids,
 )
-from test_law2_drop_sets import METHODS, RECORD, check
+from test_law2_drop_sets import METHODS, RECORD, check, expected, recorded, visible_drops
 from test_prefix_caching import all_ended, ask, same
 from test_pressure import check_pressure, options
 from test_protect_served import POSITIONS, SPARED, check_spared
@@ -27,11 +27,11 @@ from test_request_strength import asking, check_strengths, greedy
 from vllm_prune_kernels import decode
 from vllm_prune_training.masked import load_gated
 
-from vllm_prune import connector
+from vllm_prune import compat, connector
 from vllm_prune.attention import cuda, device_state, gated
 from vllm_prune.attention.cuda_backend import PruneCUDABackend
 from vllm_prune.attention.device_state import DeviceState
-from vllm_prune.gates import GATES
+from vllm_prune.gates import GATES, NEVER
 from vllm_prune.models import native
 
 SMALL = {} if torch.cuda.is_available() else {
@@ -118,6 +118,39 @@ def test_prefixes(tmp_path, name):
         dropped = [output.kv_transfer_params["vllm_prune"]["keys_dropped"] for output in cold]
         assert min(dropped) > 0, "the test must see drops"
         all_ended(llm)
+
+
+@pytest.mark.parametrize("name", ON_GPU if torch.cuda.is_available() else ["dcp", *(ON_GPU[1:] if FULL else [])])
+def test_fp8(tmp_path, name, monkeypatch):
+    """A KV cache of half the bytes: twice the blocks, nearly the same logits, and gates that still decide as the trainer's do
+    where nothing of the cache has reached them: in layer 0, and everywhere if they decide by position."""
+    if not torch.cuda.is_available():
+        monkeypatch.setitem(compat.KV_DTYPES, "cpu", ("fp8",))
+        monkeypatch.setattr(compat, "has_fp8", lambda: True)
+    method = name.removesuffix("_kv_head")
+    model = save_gated(tmp_path, tiny_config("qwen3", layers=2), method, torch.bfloat16, **METHODS[name])
+    batch, found = prompts([1, 120], seed=4), {}
+    for cache in ("auto", "fp8"):
+        with engine(model, long_prefill_token_threshold=24, kv_cache_dtype=cache, **RECORD, **SMALL) as llm:
+            kv = state_of(llm).store.kv
+            assert (kv.dtype == torch.float8_e4m3fn) == (cache == "fp8")
+            outputs = llm.generate(batch, greedy(tokens=1, logprobs=5), use_tqdm=False)
+            drops = [visible_drops(recorded(llm, output)[1]) for output in outputs]
+            found[cache] = state_of(llm).store.num_blocks, outputs, drops
+            same = [expected(model, recorded(llm, o)[0], len(o.prompt_token_ids)) for o in outputs]
+            for seen, want in zip(drops, same, strict=True):
+                assert (seen[0] == want[0]).all() and (seen == want).mean() > (
+                    0.9 if method in ("dcp", "dms") else 0.999
+                )
+            generate(llm, prompts([3]), tokens=2)
+            assert pool_is_whole(llm)
+    assert found["fp8"][0] in (2 * found["auto"][0], 2 * found["auto"][0] + 1)
+    assert min((drops != NEVER).sum() for drops in found["fp8"][2][1:]) > 5, "the test must see drops"
+    gaps = []
+    for plain, narrow in zip(found["auto"][1], found["fp8"][1], strict=True):
+        one, other = (output.outputs[0].logprobs[0] for output in (plain, narrow))
+        gaps += [abs(one[token].logprob - other[token].logprob) for token in set(one) & set(other)]
+    assert 0 < max(gaps) < 0.2, gaps
 
 
 @pytest.mark.parametrize(("family", "group"), [("qwen3", 3), ("llama", 2)] if FULL else [("llama", 2)])

@@ -13,6 +13,7 @@ import torch
 from vllm_prune_kernels.crossing import crossing
 from vllm_prune_kernels.decode import decode, splits_for
 from vllm_prune_kernels.marks import at_write, delayed
+from vllm_prune_kernels.narrow import FP8
 from vllm_prune_kernels.prefill import prefill
 from vllm_prune_kernels.rows import Rows, find_rows, parts_of
 from vllm_prune_kernels.settle import settle
@@ -45,6 +46,7 @@ class PruneCUDAImpl(GatedImpl):
         self.reserved: torch.Tensor | None = None
         self.bookkeeping: Callable[[], int] | None = None
         self._decision: Decision
+        self.scales = (1.0, 1.0)
 
     def attach(self, state: DeviceState, index: int) -> None:
         self.state, self.index, self.serving = state, index, state.serving
@@ -76,7 +78,7 @@ class PruneCUDAImpl(GatedImpl):
         """Gated attention of a step.
 
         Args:
-            layer: the attention layer.
+            layer: the attention layer, which has the scales of an FP8 cache.
             query: [T, H * G, D]; key, value: [T, H, D]; output: like query, written.
             kv_cache: unused; all layers are reached through the store.
             attn_metadata: rows of the step; None while profiling, or with no cache bound yet.
@@ -90,20 +92,24 @@ class PruneCUDAImpl(GatedImpl):
         m, state = attn_metadata, attn_metadata.state
         assert state.store is not None and state.store.kv is not None
         lanes, kv, rows, most = state.store.lanes, state.store.kv, m.rows, m.most_tokens
+        self.scales = (layer._k_scale_float, layer._v_scale_float) if kv.dtype == FP8 else (1.0, 1.0)
         if self.index == 0:
             find_rows(lanes, rows, m.block_table, m.seq_lens)
             m.parts = [] if most == 1 else parts_of_step(rows, state.store.cuts)
         if most == 1:
-            single(lanes, kv, rows, self.index, self._decision, key, value, features, state.meeting, self._splits(rows))
+            single(lanes, kv, rows, self.index, self._decision, key, value, features, state.meeting, self._splits(rows),
+                   *self.scales)  # fmt: skip
             self._decode(m, rows, query, output, m.splits)
             return output
         remembered = features if self.serving.rank else None
         for part, copies in m.parts:
             self._decide(m, part, features)
             prefill(lanes, kv, part, self.index, query, key, value, state.chunk, state.lists, state.counts, output, self.scale,
-                    most)  # fmt: skip
+                    most, *self.scales)  # fmt: skip
             splits = min(max(1, most // 64), 32)
-            settle(lanes, kv, part, self.index, key, value, remembered, state.chunk, state.rank, most, splits)
+            settle(
+                lanes, kv, part, self.index, key, value, remembered, state.chunk, state.rank, most, splits, *self.scales
+            )
             self._decode(
                 m, part, query, output, m.splits if part is rows else splits_for(part.count, self.num_kv_heads)
             )
@@ -117,7 +123,7 @@ class PruneCUDAImpl(GatedImpl):
         state = m.state
         assert state.store is not None and state.store.kv is not None
         decode(state.store.lanes, state.store.kv, rows, self.index, query, output, self.scale, state.accumulators, state.sums,
-               state.arrivals, splits)  # fmt: skip
+               state.arrivals, splits, *self.scales)  # fmt: skip
 
     def _splits(self, rows: Rows) -> int:
         """Programs a row and unit that share a lane's decisions."""

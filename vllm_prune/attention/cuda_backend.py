@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from vllm_prune.attention.cuda import PruneCUDAImpl
 from vllm_prune.attention.device_state import DeviceAttentionMetadata, DeviceState
 from vllm_prune.cache.spec import PruneSpec
-from vllm_prune.compat import BLOCK_SIZES, HEAD_SIZES
+from vllm_prune.compat import BLOCK_SIZES, HEAD_SIZES, KV_DTYPES
 
 
 class PruneCUDABackend(AttentionBackend):
@@ -25,6 +25,7 @@ class PruneCUDABackend(AttentionBackend):
 
     forward_includes_kv_cache_update = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16", *KV_DTYPES["cuda"]]
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:

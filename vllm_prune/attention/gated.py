@@ -87,6 +87,9 @@ class GatedAttention(Attention):
         super().__init__(*args, **kwargs)
         vllm_config = get_current_vllm_config()
         self.section = section_of(vllm_config)
+        # What gates remember is not narrowed with the KV cache: decisions hang on it.
+        cached = self.kv_cache_torch_dtype
+        self.gate_dtype = cached if cached.is_floating_point else torch.get_default_dtype()
         self.ranks = vllm_config.parallel_config.tensor_parallel_size
         self.serving = ServedGate.of(self.section, self.ranks)
         with torch.device("meta"):
@@ -113,12 +116,12 @@ class GatedAttention(Attention):
 
     @property
     def projection(self) -> nn.Linear | None:
-        """The layer that computes ``features`` whole and in the cache's dtype; None where more than that is done."""
+        """The layer that computes ``features`` whole and in their dtype; None where more than that is done."""
         if self.drop_gate is None or not self.serving.ruled:
             return None
         gate: Any = self.drop_gate
         layer: nn.Linear | None = gate.projection
-        return layer if layer is not None and layer.weight.dtype == self.kv_cache_torch_dtype else None
+        return layer if layer is not None and layer.weight.dtype == self.gate_dtype else None
 
     def features(self, x: torch.Tensor) -> torch.Tensor | None:
         """Gate features [T, F] of what the gate ``reads``, the layer's normed input [T, D_model] as a rule; None when gates are
@@ -126,7 +129,7 @@ class GatedAttention(Attention):
         if self.drop_gate is None or not self.serving.ruled or not self.drop_gate.num_features:
             return None
         dtype = torch.float32 if self.section.dtype == "float32" else x.dtype
-        return self.drop_gate(x.to(dtype)).to(self.kv_cache_torch_dtype)
+        return self.drop_gate(x.to(dtype)).to(self.gate_dtype)
 
     def lend(self, query: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Features [T, F] of gates that read numbers of the query, and the query for RoPE. query: [T, H * G * D], unrotated."""
@@ -157,7 +160,7 @@ class GatedAttention(Attention):
             head_size=self.head_size,
             dtype=self.kv_cache_torch_dtype,
             num_layers=self.section.num_layers,
-            gate_rank=self.serving.rank,
+            gate_rank=self.serving.rank * self.gate_dtype.itemsize // self.kv_cache_torch_dtype.itemsize,
             gate_lanes=self.serving.gate_lanes,
             chunk_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
             expected_keep=1.0 if self.serving.planned_dense else self.section.expected_keep,

@@ -17,6 +17,7 @@ from vllm_prune_kernels.close import close
 from vllm_prune_kernels.copy import copy_lanes
 from vllm_prune_kernels.grants import forget, grant
 from vllm_prune_kernels.lanes import AHEAD, NEVER, REPORT, Lanes, Sizes, send
+from vllm_prune_kernels.narrow import FP8
 from vllm_prune_kernels.plan import plan
 from vllm_prune_kernels.share import share, sort_lanes
 
@@ -178,9 +179,10 @@ class DeviceStore:
         self._sent: deque[Sent] = deque()
 
     def bind(self, layers: list[torch.Tensor]) -> None:
-        """Attach the KV cache: see ``layers_in_one``."""
+        """Attach the KV cache: see ``layers_in_one``. One of bytes is FP8: vLLM allocates it so."""
         g = self.geometry
-        self.kv = layers_in_one(layers, self.num_blocks, g.num_kv_heads, g.block_tokens, g.head_size)
+        kv = layers_in_one(layers, self.num_blocks, g.num_kv_heads, g.block_tokens, g.head_size)
+        self.kv = kv.view(FP8) if kv.dtype == torch.uint8 else kv
 
     # Before and after a step -------------------------------------------------------------------------------------
 

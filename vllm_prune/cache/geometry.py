@@ -19,7 +19,8 @@ def cdiv(a: int, b: int) -> int:
 class LaneGeometry:
     """Sizes of one model's lanes on one rank. Units: layers, heads, tokens, numbers, lanes a layer.
 
-    ``gate_rank`` is r of one gate lane; ``gate_lanes`` 1, or H where each KV head decides for itself; unused if r is 0.
+    ``gate_rank`` is r of one gate lane, in numbers of the cache; ``gate_lanes`` 1, or H where each KV head decides for itself;
+    unused if r is 0.
     """
 
     num_layers: int

@@ -16,7 +16,7 @@ class PruneSpec(FullAttentionSpec):
 
     Attributes:
         num_layers: L, gated layers on this rank (all of them share one group and one kind of block).
-        gate_rank: r, numbers that the gate remembers of a token in a lane of its own; gate_lanes: such lanes in a layer.
+        gate_rank: r, numbers of the cache that what the gate remembers of a token takes; gate_lanes: lanes of it in a layer.
         chunk_tokens: most tokens of one request in one step.
         expected_keep: planned mean kept fraction, from the checkpoint.
         eviction_units: independent decisions about a key in a layer, of all ranks.

@@ -12,6 +12,7 @@ from vllm_prune_kernels.crossing import crossing, crossing_naive
 from vllm_prune_kernels.grants import forget, forget_naive, grant, grant_naive, pages_of
 from vllm_prune_kernels.lanes import NEVER, Lanes, Sizes, to_device
 from vllm_prune_kernels.marks import at_write, at_write_naive, delayed, delayed_naive
+from vllm_prune_kernels.narrow import FP8
 from vllm_prune_kernels.plan import page_tokens_of, plan, plan_naive
 from vllm_prune_kernels.rows import Rows, find_rows, rows_naive
 from vllm_prune_kernels.settle import settle, settle_naive, token_rows
@@ -39,7 +40,7 @@ class Request:
 
 
 class Pool:
-    """Lanes, cache and host-side bookkeeping; ``fast`` chooses kernels, else twins."""
+    """Lanes, cache and host-side bookkeeping; ``fast`` chooses kernels, else twins. ``dtype``: of the cache."""
 
     def __init__(
         self, s: Sizes, fast: bool, method: str, dtype: torch.dtype = torch.float32, record: int = 256
@@ -49,6 +50,7 @@ class Pool:
         self.lanes = Lanes.make(s, self.device, record_tokens=record)
         self.set_knobs()
         self.kv = torch.full((s.pages, s.page_numbers), float("nan"), dtype=dtype, device=self.device)
+        self.scales = (0.5, 2.0) if dtype == FP8 else (1.0, 1.0)
         self.requests: dict[int, Request] = {}
         self.free = list(range(1, s.blocks))
         self.meeting, self.singles = Meeting.make(s.slots + 1, s.units, self.device), 0
@@ -133,7 +135,7 @@ class Pool:
                 "dcp": Decision(QUERY, constants, 0.25, sinks=2, window=3),
                 "dms": Decision(DELAYED, constants, sinks=1),
             }.get(self.method, Decision(WRITE, constants, sinks=1))
-            single(self.lanes, self.kv, rows, layer, decision, key, value, features, self.meeting, 3)
+            single(self.lanes, self.kv, rows, layer, decision, key, value, features, self.meeting, 3, *self.scales)
             self.singles += 1
             return chunk
         if self.method == "dcp":
@@ -148,9 +150,9 @@ class Pool:
         gate = features if s.gate_rank else None
         if self.fast:
             rank = torch.zeros_like(chunk)
-            settle(self.lanes, self.kv, rows, layer, key, value, gate, chunk, rank, most, splits=1 + total % 2)
+            settle(self.lanes, self.kv, rows, layer, key, value, gate, chunk, rank, most, 1 + total % 2, *self.scales)
         else:
-            settle_naive(self.lanes, self.kv, rows, layer, key, value, gate, chunk)
+            settle_naive(self.lanes, self.kv, rows, layer, key, value, gate, chunk, *self.scales)
         return chunk
 
     def end(self, step: dict[int, int], ahead: int, keep_all: bool = False) -> torch.Tensor:
@@ -241,9 +243,11 @@ def random_steps(s: Sizes, seed: int, steps: int) -> list[tuple[list[int], dict[
     return plans
 
 
-def random_inputs(s: Sizes, total: int, method: str, g: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
-    """Keys, values and features of a step's tokens."""
-    wide = {"dcp": 2 * s.units * s.gate_rank, "dms": s.units}.get(method, 1)
+def random_inputs(
+    s: Sizes, total: int, method: str, g: torch.Generator, dtype: torch.dtype, cells: int = 1
+) -> dict[str, Any]:
+    """Keys, values and features of a step's tokens. ``cells``: numbers of the cache that one of ``dtype`` takes."""
+    wide = {"dcp": 2 * s.units * s.gate_rank // cells, "dms": s.units}.get(method, 1)
     return {
         "key": torch.randn(total, s.heads, s.head_size, generator=g).to(dtype),
         "value": torch.randn(total, s.heads, s.head_size, generator=g).to(dtype),

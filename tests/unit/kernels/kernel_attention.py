@@ -9,6 +9,7 @@ import torch
 from device import DEVICE, sizes
 from vllm_prune_kernels.decode import decode, decode_naive, scratch_for, splits_for
 from vllm_prune_kernels.lanes import NEVER, Lanes, Sizes
+from vllm_prune_kernels.narrow import FP8, narrow_naive
 from vllm_prune_kernels.prefill import QUERIES, list_width, prefill, prefill_naive, share
 from vllm_prune_kernels.rows import Rows
 
@@ -24,15 +25,23 @@ class Batch:
         group: G.
         rows: (tokens in the lanes before or, for single ones, after the step; tokens of the step); 0 tokens: padding.
         drop: share of keys with an expiry within a few steps of the row's.
+        cache: dtype of the lanes, if it is not ``dtype``.
     """
 
     def __init__(
-        self, s: Sizes, group: int, rows: list[tuple[int, int]], dtype: torch.dtype, drop: float = 0.0
+        self,
+        s: Sizes,
+        group: int,
+        rows: list[tuple[int, int]],
+        dtype: torch.dtype,
+        drop: float = 0.0,
+        cache: torch.dtype | None = None,
     ) -> None:
         g = torch.Generator().manual_seed(sum(a * 7 + b for a, b in rows) + group)
         self.sizes, self.group, self.dtype, self.g = s, group, dtype, g
         lanes = Lanes.make(s, "cpu")
-        kv = torch.full((s.pages, s.page_numbers), float("nan"), dtype=dtype)
+        kv = torch.full((s.pages, s.page_numbers), float("nan"), dtype=cache or dtype)
+        self.scales = (0.5, 3.0) if cache == FP8 else (1.0, 1.0)
         free = iter(torch.randperm(s.pages, generator=g).tolist())
         starts = []
         for slot, (past, count) in enumerate(rows):
@@ -46,7 +55,7 @@ class Batch:
                         lanes.table[slot, lane, j // s.page_tokens] = next(free)
                     page = int(lanes.table[slot, lane, j // s.page_tokens])
                     at = kv[page].view(s.page_tokens, -1)[j % s.page_tokens]
-                    at.copy_(torch.randn(at.shape, generator=g))
+                    at.copy_(narrow_naive(torch.randn(at.shape, generator=g), at.dtype, 1.0))
                     if h < s.units:
                         lanes.expiry[page, j % s.page_tokens] = self.expiry(starts[-1], count, drop)
         first = torch.tensor([0, *(count for _, count in rows)]).cumsum(0).int()
@@ -82,7 +91,7 @@ class Batch:
         counts = torch.full((s.units, total), -9, dtype=torch.int32, device=DEVICE)
         most = int(self.rows.first.diff().max())
         prefill(self.lanes, self.kv, self.rows, LAYER, self.query, self.key, self.value, self.chunk, lists, counts, out, SCALE,
-                most)  # fmt: skip
+                most, *self.scales)  # fmt: skip
         return out
 
     def decode(self, splits: int) -> torch.Tensor:
@@ -90,7 +99,8 @@ class Batch:
         shapes = scratch_for(self.rows.count, s.heads, self.group, s.head_size, splits)
         partial, sums = (torch.full(shape, float("nan"), device=DEVICE) for shape in shapes)
         arrivals = torch.zeros(self.rows.count, s.heads, dtype=torch.int32, device=DEVICE)
-        decode(self.lanes, self.kv, self.rows, LAYER, self.query, out, SCALE, partial, sums, arrivals, splits)
+        decode(self.lanes, self.kv, self.rows, LAYER, self.query, out, SCALE, partial, sums, arrivals, splits,
+               *self.scales)  # fmt: skip
         assert not arrivals.any(), "programs that met must leave no trace"
         return out
 
@@ -98,11 +108,10 @@ class Batch:
         """The twin's result, computed in this precision."""
         out = self.outputs().to(dtype)
         if kind == "decode":
-            decode_naive(self.lanes, self.kv, self.rows, LAYER, self.query, out, SCALE, dtype)
+            decode_naive(self.lanes, self.kv, self.rows, LAYER, self.query, out, SCALE, dtype, *self.scales)
         else:
-            prefill_naive(
-                self.lanes, self.kv, self.rows, LAYER, self.query, self.key, self.value, self.chunk, out, SCALE, dtype
-            )
+            prefill_naive(self.lanes, self.kv, self.rows, LAYER, self.query, self.key, self.value, self.chunk, out, SCALE,
+                          dtype, *self.scales)  # fmt: skip
         return out
 
 
@@ -163,6 +172,25 @@ def test_prefill(case, dtype):
     rows, given, group, drop = PREFILL[case]
     batch = Batch(sizes(**{"width": 20, **given}), group, rows, dtype, drop)
     near(batch.prefill(), batch, "prefill")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("case", ["split", "size 80", "mixed"])
+def test_decode_of_fp8(case, dtype):
+    rows, given, group, splits = DECODE[case]
+    batch = Batch(sizes(**{"width": 20, "page_tokens": 16, "blocks": 60, **given}), group, rows, dtype, cache=FP8)
+    near(batch.decode(splits), batch, "decode")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("case", ["past", "own heads", "mixed"])
+def test_prefill_over_fp8(case, dtype):
+    rows, given, group, drop = PREFILL[case]
+    batch = Batch(sizes(**{"width": 20, **given}), group, rows, dtype, drop, FP8)
+    found = batch.prefill()
+    near(found, batch, "prefill")
+    batch.scales = (0.5, 1.0)
+    assert (batch.prefill() - found).abs().max() > 0.1, "scales must matter"
 
 
 def test_expiry_matters():

@@ -6,7 +6,11 @@ import os
 
 import pytest
 import torch
-from device import Pool, random_inputs, random_steps, sizes
+import triton
+import triton.language as tl
+from device import DEVICE, Pool, random_inputs, random_steps, sizes
+from vllm_prune_kernels.lanes import INTERPRETED
+from vllm_prune_kernels.narrow import FP8, narrow, narrow_naive
 from vllm_prune_kernels.single import LISTED
 
 SHAPES = {
@@ -24,15 +28,17 @@ FULL = os.environ.get("VLLM_PRUNE_FULL") == "1" or torch.cuda.is_available()
 @pytest.mark.parametrize(("shape", "dtype"), [
     *((shape, torch.float32) for shape in (SHAPES if FULL else ["dcp", "dms", "window"])),
     *((shape, torch.bfloat16) for shape in (SHAPES if FULL else ["dcp-heads"])),
+    *((shape, FP8) for shape in (SHAPES if FULL else ["dcp", "dms"])),
 ])  # fmt: skip
 def test_steps(shape, dtype):
     method, given = SHAPES[shape]
-    s = sizes(**given)
+    model, cells = (torch.bfloat16, 2) if dtype == FP8 else (dtype, 1)
+    s = sizes(**{**given, "gate_rank": cells * given.get("gate_rank", 0)})
     pools = [Pool(s, fast, method, dtype) for fast in (True, False)]
     g = torch.Generator().manual_seed(len(shape))
     seen = {"returned": 0, "dropped": 0, "single": 0}
     for number, (ended, step) in enumerate(random_steps(s, seed=7, steps=18)):
-        inputs = [random_inputs(s, sum(step.values()), method, g, dtype) for _ in range(s.layers)]
+        inputs = [random_inputs(s, sum(step.values()), method, g, model, cells) for _ in range(s.layers)]
         said = []
         for pool in pools:
             pool.begin(ended, step)
@@ -49,6 +55,25 @@ def test_steps(shape, dtype):
     assert seen["returned"] > 3 and seen["dropped"] > 20 and seen["single"] > 3, (
         f"steps must drop and give back: {seen}"
     )
+
+
+@triton.jit
+def _all(x, out, by, n: tl.constexpr, INTERPRETED: tl.constexpr):
+    i = tl.arange(0, n)
+    tl.store(out + i, narrow(tl.load(x + i), out.dtype.element_ty, by, INTERPRETED))
+
+
+def test_narrow():
+    """To the nearest, ties to even, held to what FP8 can say: every number of the type, what lies between, and beyond."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(FP8).float()
+    numbers = numbers[numbers.isfinite()].sort().values
+    between = (numbers[1:] + numbers[:-1]) / 2
+    x = torch.cat([numbers, between, between * (1 + 1e-6), between * (1 - 1e-6), torch.tensor([1e5, -1e5, 470.0])])
+    x = torch.nn.functional.pad(x, (0, 1024 - len(x))).to(DEVICE)
+    for dtype, by in ((FP8, 1.0), (FP8, 2.5), (torch.float32, 2.5)):
+        out = torch.zeros(1024, dtype=dtype, device=DEVICE)
+        _all[(1,)](x, out, by, n=1024, INTERPRETED=INTERPRETED)
+        assert torch.equal(out.float(), narrow_naive(x, dtype, by).float())
 
 
 @pytest.mark.parametrize("shape", ["dcp", "dcp-heads"])
