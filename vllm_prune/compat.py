@@ -105,7 +105,8 @@ def has_fp8() -> bool:
 def _foreign_cache(c: Any) -> bool:
     if c.cache_config.cache_dtype in ("auto", str(c.model_config.dtype).removeprefix("torch.")):
         return False
-    return c.cache_config.cache_dtype not in KV_DTYPES[_device(c)] or not has_fp8()
+    some = bool(c.cache_config.kv_cache_dtype_skip_layers)  # lanes of all layers share pages
+    return c.cache_config.cache_dtype not in KV_DTYPES[_device(c)] or some or not has_fp8()
 
 
 CONNECTOR = "PruneConnector"
@@ -147,9 +148,9 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "kv-cache-dtype", _foreign_cache,
-        "KV caches of another dtype than the model's are not supported with drop gates, but for fp8 (e4m3) on NVIDIA GPUs that "
-        "have it (compute capability 8.9).",
-        "Leave --kv-cache-dtype at auto.",
+        "KV caches of another dtype than the model's are not supported with drop gates, but for fp8 (e4m3) in all layers on "
+        "NVIDIA GPUs that have it (compute capability 8.9).",
+        "Leave --kv-cache-dtype at auto and --kv-cache-dtype-skip-layers out.",
     ),
     Refusal(
         "quantization", lambda c: c.model_config.quantization is not None,  # quant_config is made after the hook

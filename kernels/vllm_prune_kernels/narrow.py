@@ -21,9 +21,9 @@ MOST = 448.0
 def narrow(x, TYPE: tl.constexpr, by, INTERPRETED: tl.constexpr):
     """x as the cache's TYPE; divided by ``by`` if that is FP8."""
     if TYPE.is_fp8():
-        x = tl.clamp(x.to(tl.float32) / by, -448.0, 448.0)
+        x = tl.clamp(x.to(tl.float32) / by, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
         if INTERPRETED:
-            # The interpreter (3.9) loses a carry out of the mantissa: what it is given is rounded already, ties to even.
+            # The interpreter (3.7) loses a carry out of the mantissa: what it is given is rounded already, ties to even.
             bits = x.to(tl.int32, bitcast=True)
             rounded = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
             x = tl.where(tl.abs(x) < 0.015625, (x + 24576.0) - 24576.0, rounded)

@@ -389,3 +389,17 @@ def test_other_models_on_another_version(tmp_path, monkeypatch, caplog):
     config.architectures = ["Qwen3ForCausalLM"]
     config.save_pretrained(tmp_path)
     assert configure(tmp_path).kv_transfer_config is None
+
+
+@pytest.mark.parametrize(("cache", "skips", "knows", "refused"), [
+    ("fp8", [], True, False), ("fp8_e4m3", [], True, False), ("auto", [], False, False), ("bfloat16", [], False, False),
+    ("fp8", [], False, True), ("fp8", ["0"], True, True), ("fp8_e5m2", [], True, True), ("nvfp4", [], True, True),
+])  # fmt: skip
+def test_caches_on_a_gpu(monkeypatch, cache, skips, knows, refused):
+    (refusal,) = [refusal for refusal in compat.REFUSALS if refusal.name == "kv-cache-dtype"]
+    monkeypatch.setattr(compat, "has_fp8", lambda: knows)
+    config = SimpleNamespace(
+        device_config=SimpleNamespace(device_type="cuda"), model_config=SimpleNamespace(dtype=torch.bfloat16),
+        cache_config=SimpleNamespace(cache_dtype=cache, kv_cache_dtype_skip_layers=skips),
+    )  # fmt: skip
+    assert bool(refusal.holds(config)) == refused

@@ -101,9 +101,17 @@ class StepState(ABC):
 
 
 def find_state(vllm_config: VllmConfig) -> StepState:
-    """The state of the gated model that this worker runs."""
-    for layer in vllm_config.compilation_config.static_forward_context.values():
-        state = getattr(getattr(layer, "impl", None), "state", None)
-        if isinstance(state, StepState):
-            return state
-    raise RuntimeError("vllm-prune: no gated layer on this worker")
+    """The state of the gated model that this worker runs.
+
+    Raises:
+        RuntimeError: there is none, or vLLM has split the gated layers into several groups.
+    """
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    states = [getattr(getattr(layer, "impl", None), "state", None) for layer in layers]
+    found = {id(state): state for state in states if isinstance(state, StepState)}
+    if len(found) != 1:
+        raise RuntimeError(
+            f"vllm-prune: the gated layers on this worker are in {len(found)} KV cache groups, not in one"
+        )
+    (state,) = found.values()
+    return state

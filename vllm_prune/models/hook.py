@@ -17,7 +17,7 @@ from vllm_prune.attention.serving import ServedGate
 from vllm_prune.cache.geometry import LaneGeometry
 from vllm_prune.chat import Markers, find_markers
 from vllm_prune.checkpoint import GENERIC_ARCHITECTURE
-from vllm_prune.compat import CONNECTOR, CONNECTOR_MODULE, check
+from vllm_prune.compat import CONNECTOR, CONNECTOR_MODULE, KV_DTYPES, check
 from vllm_prune.config import (
     MAX_STRENGTH,
     DropGateConfig,
@@ -277,13 +277,15 @@ class GatedModelConfig(VerifyAndUpdateConfig):
         if not cache.user_specified_block_size:
             # Small pages come free sooner: half a page a lane is idle on average. The CPU platform would choose 128.
             cache.block_size, cache.user_specified_block_size = BLOCK_TOKENS[device], True
+        # Of the cache's numbers: an FP8 cache keeps what gates remember in the model's dtype.
+        cells = model.dtype.itemsize if cache.cache_dtype in KV_DTYPES[device] else 1  # type: ignore[union-attr]
         try:
             LaneGeometry(
                 section.num_layers,
                 section.num_kv_heads,
                 model.get_head_size(),
                 cache.block_size,
-                served.rank,
+                served.rank * cells,
                 served.gate_lanes,
             )
         except ValueError as error:
