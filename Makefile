@@ -82,6 +82,8 @@ gpu-test: gpu-here
 gpu-bench: gpu-here
 	$(GPU_PYTHON) benchmarks/gpu.py --shape qwen3-8b --variants drop,stock --decode 512x8,8192x8,32768x8,40000x8 \
 	    --first 8192,32768 --scarce 8192x40 --max-num-seqs 48 --new-tokens 64 --json benchmarks/results/gpu-qwen3-8b.json
+	$(GPU_PYTHON) benchmarks/gpu.py --shape qwen3-8b --variants drop,stock --kv-cache-dtype fp8 --decode 8192x8,32768x8 \
+	    --first 8192 --scarce 8192x40 --max-num-seqs 48 --new-tokens 64 --json benchmarks/results/gpu-qwen3-8b-fp8.json
 	$(GPU_PYTHON) benchmarks/gpu_kernels.py --sweep --json benchmarks/results/gpu-kernels.json
 
 # An environment of its own for kvpress (benchmarks/baselines/press.py), which wants an older transformers.

@@ -27,7 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
 CASES = [
     *(f"{method},v2,graphs" for method in METHODS), "dcp,v2,eager", "dcp,v1,graphs", "dcp,v1,eager", "dms,v1,graphs",
     "open,v2,graphs", "dcp_generic,v2,graphs", "dcp_prefix,v2,graphs", "dms_prefix,v1,eager",
-    "dcp_fp8,v2,graphs", "dms_fp8,v1,eager",
+    "dcp_fp8,v2,graphs", "dms_fp8,v1,eager", "dms_fp8_prefix,v2,graphs",
 ]  # fmt: skip
 
 
