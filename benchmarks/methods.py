@@ -236,8 +236,10 @@ def plot(points: list[Point], path: Path, title: str) -> None:
     pyplot.close(figure)
 
 
-def earlier(path: Path, result: dict[str, Any], dense: Point) -> tuple[list[Point], dict[str, Any]]:
-    """Points of an earlier run for methods that this one did not measure, and where each comes from.
+def earlier(
+    path: Path, named: list[str], plan: dict[str, Any], keeps: list[float], dense: Point
+) -> tuple[list[Point], dict[str, Any]]:
+    """Points of an earlier run for methods that are not ``named``, and where each comes from.
 
     Raises:
         SystemExit: the earlier run had other cases, budgets, or another base.
@@ -245,13 +247,12 @@ def earlier(path: Path, result: dict[str, Any], dense: Point) -> tuple[list[Poin
     other = json.loads(path.read_text(encoding="utf-8"))
     points = [Point(**p) for p in other["points"]]
     before = next(p for p in points if p.method == "dense")
-    told = {name: (other[name], json.loads(json.dumps(result[name]))) for name in ("plan", "keeps")}
-    differ = [name for name, (one, another) in told.items() if one != another]
+    told = {"plan": json.loads(json.dumps(plan)), "keeps": keeps}
+    differ = [name for name, mine in told.items() if other[name] != mine]
     differ += [name for name in ("perplexity", "recall", "answers") if getattr(before, name) != getattr(dense, name)]
     if differ:
         sys.exit(f"{path} cannot stand beside this run: other {', '.join(differ)}")
-    mine = {p["method"] for p in result["points"]}
-    taken = [p for p in points if p.method not in mine]
+    taken = [p for p in points if p.method not in ("dense", *named)]
     source = {name: other[name] for name in ("command", "git_commit", "date", "versions", "machine")}
     return taken, {p.method: other.get("beside", {}).get(p.method, source) for p in taken}
 
@@ -293,6 +294,9 @@ def main() -> None:
     stock = runner.engine(ungated(options.base, Path(links.name)), shape, None)
     dense = run_cases(stock, test)
     points = [Point("dense", 1.0, 0.0, ratio=1.0, **dense)]
+    others, beside = [], {}  # type: ignore[var-annotated]
+    if options.beside:  # before anything is measured that could be lost
+        others, beside = earlier(options.beside, [name for name, _ in folders], plan.__dict__, keeps, points[0])
     failed: dict[str, str] = {}
     for name, folder in folders:
         for keep in keeps:
@@ -313,14 +317,11 @@ def main() -> None:
             say(json.dumps(asdict(points[-1])))
     stock.close()
     links.cleanup()
+    points += others
     result: dict[str, Any] = {
         "base": str(options.base), "folders": options.gated, "plan": plan.__dict__, "keeps": keeps, "failed": failed,
-        "points": [asdict(p) for p in points], **origin(options.threads, started),
+        "points": [asdict(p) for p in points], "beside": beside, **origin(options.threads, started),
     }  # fmt: skip
-    if options.beside:
-        others, result["beside"] = earlier(options.beside, result, points[0])
-        points += others
-        result["points"] = [asdict(p) for p in points]
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     options.json.with_suffix(".md").write_text(markdown(points), encoding="utf-8")

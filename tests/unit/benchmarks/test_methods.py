@@ -88,13 +88,12 @@ def point(method: str, perplexity: float = 2.0) -> Point:
 def test_only_the_same_cases_stand_beside_each_other(tmp_path):
     path = tmp_path / "earlier.json"
     path.write_text(json.dumps(result(point("dense"), point("DCP"), point("LTP"))))
-    now = result(point("dense"), point("DCP"))
-    points, source = earlier(path, now, point("dense"))
+    points, source = earlier(path, ["DCP"], {"tokens": 8}, [0.5], point("dense"))
     assert [p.method for p in points] == ["LTP"] and source["LTP"]["git_commit"] == "abc"
     with pytest.raises(SystemExit, match="other perplexity"):
-        earlier(path, now, point("dense", 2.1))
+        earlier(path, ["DCP"], {"tokens": 8}, [0.5], point("dense", 2.1))
     with pytest.raises(SystemExit, match="other keeps"):
-        earlier(path, result(point("dense"), keeps=(0.3,)), point("dense"))
+        earlier(path, ["DCP"], {"tokens": 8}, [0.3], point("dense"))
 
 
 def test_over_seeds():
