@@ -11,7 +11,9 @@ Speed: prefill of one context and decoding of four at a time, against stock vLLM
     python benchmarks/methods.py --json benchmarks/results/methods.json DCP=examples/reference-dcp LTP=build/reference/ltp ...
 
 ``--beside EARLIER.json`` takes the methods that are not named from an earlier run of the same cases, if the dense base had
-the same perplexity and recall there.
+the same perplexity and recall there. Runs of other cases can only be drawn together, each over its own dense base:
+
+    python benchmarks/methods.py --draw docs/img/methods.png benchmarks/results/methods.json benchmarks/results/methods-token.json
 
 Beside OUT.json come OUT.md and OUT.png.
 """
@@ -257,10 +259,21 @@ def earlier(
     return taken, {p.method: other.get("beside", {}).get(p.method, source) for p in taken}
 
 
+def draw(out: Path, results: list[Path]) -> None:
+    """The plot of several results, each over its own dense base; a method comes from the first that has it."""
+    points: list[Point] = []
+    for path in results:
+        found = [Point(**p) for p in json.loads(path.read_text(encoding="utf-8"))["points"]]
+        known = {p.method for p in points}
+        points += [p for p in found if p.method not in known]
+    plot(points, out, "Reference model, live engine")
+
+
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("gated", nargs="+", metavar="NAME=DIR")
+    parser.add_argument("--draw", type=Path, help="draw results there; what follows are JSON files")
     parser.add_argument("--base", type=Path, default=Path("examples/reference-dcp"), help="a gated one: its weights")
     parser.add_argument("--corpus", type=Path, default=Path("build/reference/corpus-dcp"))
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.5, 0.3])
@@ -269,8 +282,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few short cases, one budget: shows that it runs")
     parser.add_argument("--beside", type=Path, help="result of an earlier run, for the methods that are not named")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.draw:
+        return draw(options.draw, [Path(name) for name in options.gated])
+    if options.json is None:
+        parser.error("--json is needed")
     environment(options.threads)
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
     started = time.perf_counter()
