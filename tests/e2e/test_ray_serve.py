@@ -292,7 +292,7 @@ def test_a_killed_replica_is_replaced_and_no_other_request_is_lost(victim, both,
     def streamed(number: int) -> str | None:
         reason = None
         try:
-            for chunk in complete(client, model, 1500, new(), stream=True):
+            for chunk in complete(client, model, 1750, new(), stream=True):
                 begun.add(number)
                 reason = chunk.choices[0].finish_reason or reason
         except APIStatusError:
