@@ -18,7 +18,7 @@ from vllm import envs
 
 from vllm_prune.attention.boundary import BoundarySteps
 from vllm_prune.attention.impl import GatedImpl, drops_nothing
-from vllm_prune.attention.masked import gather_keys, gather_lane, tiled_attention
+from vllm_prune.attention.masked import gather_keys, gather_lanes, tiled_attention
 from vllm_prune.attention.serving import DelayRule, QueryRule, RequestRule, Rule, WriteRule
 from vllm_prune.attention.some_lanes import LanePlan, SomeLanes, pick_lanes
 from vllm_prune.cache.geometry import cdiv
@@ -201,13 +201,19 @@ class PruneCPUImpl(GatedImpl):
         """Keys [S, D] of each KV head of this layer for a request slot, in lane order."""
         assert self.state is not None and self.state.store is not None
         store = self.state.store
-        return [gather_keys(*self._lane(store, slot, head)) for head in range(self.num_kv_heads)]
+        found = []
+        for head in range(self.num_kv_heads):
+            kv, pages, length, size = self._lanes(store, slot, head, 1)
+            found.append(gather_keys(kv, pages[0], length, size))
+        return found
 
-    def _lane(self, store: LaneStore, slot: int, head: int) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-        """What gathers a K/V lane of this layer: the flat cache, its pages, its length in tokens, D."""
+    def _lanes(self, store: LaneStore, slot: int, head: int, count: int) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        """What gathers K/V lanes of one length of this layer: the flat cache, their pages, their length in tokens, D."""
         lane = self.index * store.geometry.lanes_per_layer + head
         length = int(store.lanes.length[slot, lane])
-        pages = torch.from_numpy(store.lanes.table[slot, lane, : cdiv(length, store.geometry.block_tokens)])
+        pages = torch.from_numpy(
+            store.lanes.table[slot, lane : lane + count, : cdiv(length, store.geometry.block_tokens)]
+        )
         assert store.kv_tensor is not None
         return store.kv_tensor, pages, length, self.head_size
 
@@ -244,7 +250,8 @@ class PruneCPUImpl(GatedImpl):
         if not (_expires_within(past, start, last) or _expires_within(chunk, start, last)):
             check(lib.steps_settle_chunk(*where, start, *settled))
             return True
-        lanes = [gather_lane(*self._lane(store, slot, head)) for head in range(heads)]
+        each = heads // store.units
+        lanes = [gather_lanes(*self._lanes(store, slot, unit * each, each)) for unit in range(store.units)]
         output[first:end] = tiled_attention(
             query[first:end], lanes, key[first:end], value[first:end],
             torch.from_numpy(past), torch.from_numpy(chunk), start, self.scale,

@@ -14,25 +14,26 @@ TILE = 128
 """Queries of a chunk that attend together where keys expire inside it."""
 
 
-def gather_lane(
+def gather_lanes(
     kv: torch.Tensor, pages: torch.Tensor, length: int, head_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of one lane, in lane order.
+    """Keys and values of lanes of one length, in lane order.
 
     Args:
         kv: [pages, 2 N D], the flat cache; a page is K as [D, N], then V as [N, D].
-        pages: int [n], the lane's pages.
-        length: P, tokens in the lane.
+        pages: int [H, n], the lanes' pages.
+        length: P, tokens in each.
         head_size: D.
 
     Returns:
-        key [P, D], value [P, D].
+        key [H, P, D], value [H, P, D].
     """
-    page = kv[pages.long()]
+    lanes = pages.shape[0]
+    page = kv[pages.long().flatten()]
     n = page.shape[1] // (2 * head_size)
-    key = page[:, : n * head_size].view(-1, head_size, n).transpose(1, 2).reshape(-1, head_size)
-    value = page[:, n * head_size :].reshape(-1, head_size)
-    return key[:length], value[:length]
+    key = page[:, : n * head_size].view(-1, head_size, n).transpose(1, 2).reshape(lanes, -1, head_size)
+    value = page[:, n * head_size :].reshape(lanes, -1, head_size)
+    return key[:, :length], value[:, :length]
 
 
 def gather_keys(kv: torch.Tensor, pages: torch.Tensor, length: int, head_size: int) -> torch.Tensor:
@@ -98,30 +99,32 @@ def tiled_attention(
     scale: float,
 ) -> torch.Tensor:
     """``masked_attention``, ``TILE`` queries at a time over the keys that some query of the tile still sees: what the
-    gates drop inside a chunk is not computed either. Arguments and result as there."""
+    gates drop inside a chunk is not computed either. Arguments and result as there, but for ``past``: per unit, key and
+    value [H / E, P_e, D] of the heads that share its decisions."""
     count, heads = key.shape[:2]
-    group, units = query.shape[1] // heads, past_expiry.shape[0]
-    keys = [torch.cat([past[h][0], key[:, h]]) for h in range(heads)]
-    values = [torch.cat([past[h][1], value[:, h]]) for h in range(heads)]
+    group, units = query.shape[1] // heads, len(past)
+    mine = heads // units
     now = torch.arange(start, start + count)
-    lengths = [past[h][0].shape[0] for h in range(units)]
-    expiry = [torch.cat([past_expiry[u, :n], chunk_expiry[u]]) for u, n in enumerate(lengths)]
-    born = [torch.cat([torch.full((n,), -1), now]) for n in lengths]
     out = torch.empty_like(query)
-    for begin in range(0, count, TILE):
-        end = min(begin + TILE, count)
-        rows = now[begin:end, None]
-        for h in range(heads):
-            if h < units:  # one decision for all heads, or one for each
-                seen = (expiry[h][: lengths[h] + end] > start + begin).nonzero()[:, 0]
-                hidden = (rows >= expiry[h][seen]) | (rows < born[h][seen])
-                blind = hidden.all(1)[:, None]
-                mask = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, float("-inf"))
-            q = query[begin:end, h * group : (h + 1) * group].transpose(0, 1)[None]
-            k, v = (x[h][seen].expand(1, group, -1, -1) for x in (keys, values))
-            if len(seen):
-                o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).masked_fill_(blind, 0.0)
-            else:
-                o = torch.zeros_like(q)
-            out[begin:end, h * group : (h + 1) * group] = o[0].transpose(0, 1)
+    for unit, (past_key, past_value) in enumerate(past):
+        own = slice(unit * mine, (unit + 1) * mine)
+        keys = torch.cat([past_key, key[:, own].transpose(0, 1)], dim=1)
+        values = torch.cat([past_value, value[:, own].transpose(0, 1)], dim=1)
+        length = past_key.shape[1]
+        expiry = torch.cat([past_expiry[unit, :length], chunk_expiry[unit]])
+        born = torch.cat([torch.full((length,), -1), now])
+        for begin in range(0, count, TILE):
+            end = min(begin + TILE, count)
+            into = out[begin:end, own.start * group : own.stop * group].view(end - begin, mine, group, -1)
+            seen = (expiry[: length + end] > start + begin).nonzero()[:, 0]
+            if not len(seen):
+                into.zero_()
+                continue
+            rows = now[begin:end, None]
+            hidden = (rows >= expiry[seen]) | (rows < born[seen])
+            mask = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, float("-inf"))
+            q = query[begin:end, own.start * group : own.stop * group].view(end - begin, mine, group, -1)
+            k, v = (x.index_select(1, seen)[:, None].expand(-1, group, -1, -1) for x in (keys, values))
+            o = F.scaled_dot_product_attention(q.permute(1, 2, 0, 3), k, v, attn_mask=mask, scale=scale)
+            into.copy_(o.masked_fill_(hidden.all(1)[:, None], 0.0).permute(2, 0, 1, 3))
     return out

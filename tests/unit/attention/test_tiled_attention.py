@@ -43,7 +43,9 @@ def test_tiled_equals_naive_and_definition(chunk, past, per_head, shut, group, s
         past_expiry[-1], chunk_expiry[-1] = end, own.clamp_min(end)
     args = (query, lanes, key, value, past_expiry, chunk_expiry, start, size**-0.5)
     naive = masked_attention(*args)
-    torch.testing.assert_close(tiled_attention(*args), naive, rtol=1e-9, atol=1e-9)
+    each = [[lane] for lane in lanes] if per_head else [lanes]
+    shared = [tuple(torch.stack(kind) for kind in zip(*some, strict=True)) for some in each]
+    torch.testing.assert_close(tiled_attention(query, shared, *args[2:]), naive, rtol=1e-9, atol=1e-9)
     for i in {0, chunk // 2, chunk - 1}:
         for h in range(heads):
             unit = h if per_head else 0
