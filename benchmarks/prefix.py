@@ -138,7 +138,7 @@ def main() -> None:
     result: dict[str, Any] = {"benchmark": "prefix"}
     with temporary_models(SHAPE, KEEP, RANK) as folders:
         engines = some(folders, blocks, length + 64, 512)
-        result["first_token"] = first_token(engines, length, 3 if args.quick else 9)
+        result["first_token"] = first_token(engines, length, 3 if args.quick else 36)
         say(result["first_token"])
         result["prefixes_in_little_room"] = both(engines, length // 2, 4 * blocks * 64 // length)
         say(result["prefixes_in_little_room"])
