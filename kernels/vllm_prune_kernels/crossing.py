@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .lanes import INTERPRETED, NEVER, Lanes
-from .narrow import gate_pages
+from .narrow import gate_view
 from .rows import Rows
 from .spared import is_spared, spared_naive
 
@@ -120,7 +120,7 @@ def crossing(
     s = lanes.sizes
     if rows.count == 0:
         return
-    gates, rank = gate_pages(kv, features.dtype), s.gate_rank * kv.element_size() // features.element_size()
+    gates, rank = gate_view(s, kv, features.dtype)
     if features.stride(-1) != 1 or features.shape[-1] != 2 * s.units * rank:
         raise ValueError(f"features must be [T, {2 * s.units * rank}] with dense rows, got {list(features.shape)}")
     _crossing[(rows.count, s.units, splits)](
@@ -139,7 +139,7 @@ def crossing_naive(
 ) -> None:  # fmt: skip
     """``crossing``, key by key. Arguments as there."""
     s = lanes.sizes
-    rank, gates = features.shape[1] // (2 * s.units), gate_pages(kv, features.dtype)
+    gates, rank = gate_view(s, kv, features.dtype)
     for row, slot in enumerate(rows.slot.tolist()):
         if slot < 0:
             continue

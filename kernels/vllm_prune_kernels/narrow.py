@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .lanes import Sizes
+
 FP8 = torch.float8_e4m3fn
 MOST = 448.0
 """Largest finite number of the type."""
@@ -38,3 +40,8 @@ def narrow_naive(x: torch.Tensor, dtype: torch.dtype, by: float) -> torch.Tensor
 def gate_pages(kv: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The cache [P, 2 N D] as pages of gate keys of a dtype: [P, 2 N D b / b'], b and b' being bytes of a number."""
     return kv if kv.dtype == dtype else kv.view(dtype)
+
+
+def gate_view(sizes: Sizes, kv: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
+    """``gate_pages``, and how many numbers of the dtype a gate key has."""
+    return gate_pages(kv, dtype), sizes.gate_rank * kv.element_size() // dtype.itemsize

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .lanes import INTERPRETED, Lanes
-from .narrow import gate_pages, narrow, narrow_naive
+from .narrow import gate_pages, gate_view, narrow, narrow_naive
 from .rows import Rows
 
 HEAD = 256
@@ -113,8 +113,8 @@ def _settle(
     table, position, expiry, link, kv, gates, row_slot, first, row_start, chunk, settled, rank, key, value, features, k_scale,
     v_scale, layer, lanes, W, total, key_stride, value_stride, feature_stride,
     PER_LAYER: tl.constexpr, H: tl.constexpr, E: tl.constexpr, N: tl.constexpr, NG: tl.constexpr, D: tl.constexpr,
-    R: tl.constexpr, SPAN: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
-    MOVE: tl.constexpr, APPEND: tl.constexpr, INTERPRETED: tl.constexpr,
+    R: tl.constexpr, SPAN: tl.constexpr, GATE_PAGE: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
+    TILE: tl.constexpr, MOVE: tl.constexpr, APPEND: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     row, h = tl.program_id(0), tl.program_id(1)
     slot = tl.load(row_slot + row).to(tl.int64)
@@ -177,7 +177,7 @@ def _settle(
                     tl.store(expiry + at, tl.load(chunk + unit * total + token, mask=ok, other=0), mask=ok)
             else:
                 page = tl.load(table + (base + h) * W + j // NG, mask=ok, other=0).to(tl.int64)
-                target = page * (PAGE * R // SPAN) + (j % NG) * R
+                target = page * GATE_PAGE + (j % NG) * R
                 mask = ok[:, None] & (x < R)[None, :]
                 g = tl.load(
                     features + token[:, None] * feature_stride + (E + unit) * R + x[None, :], mask=mask, other=0.0
@@ -214,7 +214,7 @@ def settle(
         PER_LAYER=s.per_layer, H=s.heads, E=s.units, N=s.page_tokens, HEAD=1024 if single else HEAD, TAIL=16 if single else 128,
     )  # fmt: skip
     gate = key if features is None else features
-    gates = gate_pages(kv, gate.dtype)
+    gates, rank_of_gate = gate_view(s, kv, gate.dtype)
     # What is appended lies where movers came from: several programs a lane must not do both at once.
     for move, append in [(True, True)] if splits == 1 else [(True, False), (False, True)]:
         _settle[(rows.count, s.per_layer, splits)](
@@ -222,7 +222,7 @@ def settle(
             rows.settled, rank, key, value, gate, k_scale, v_scale, layer, s.lanes, s.width, total, key.stride(0),
             value.stride(0), gate.stride(0),
             PER_LAYER=s.per_layer, H=s.heads, E=s.units, N=s.page_tokens, NG=s.gate_page_tokens, D=s.head_size,
-            R=s.gate_rank * kv.element_size() // gate.element_size(), SPAN=max(1, s.gate_rank),
+            R=rank_of_gate, SPAN=s.gate_rank, GATE_PAGE=gates.shape[1],
             WIDE=triton.next_power_of_2(max(2 * s.head_size, s.gate_rank)), PAGE=s.page_numbers, TILE=16, MOVE=move,
             APPEND=append, INTERPRETED=INTERPRETED,
         )  # fmt: skip

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .lanes import INTERPRETED, NEVER, Lanes
 from .marks import _mix
-from .narrow import gate_pages, narrow
+from .narrow import gate_view, narrow
 from .rows import Rows
 from .settle import pair_up
 from .spared import is_spared
@@ -95,8 +95,8 @@ def _single(
     layers, lanes, W, most, key_stride, value_stride, feature_stride,
     KIND: tl.constexpr, PER_LAYER: tl.constexpr, H: tl.constexpr, E: tl.constexpr, N: tl.constexpr, NG: tl.constexpr,
     D: tl.constexpr, R: tl.constexpr, SPAN: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
-    LANES: tl.constexpr, KEYS: tl.constexpr, LISTED: tl.constexpr, SPLITS: tl.constexpr, NEVER: tl.constexpr,
-    WORDS: tl.constexpr, INTERPRETED: tl.constexpr,
+    GATE_PAGE: tl.constexpr, LANES: tl.constexpr, KEYS: tl.constexpr, LISTED: tl.constexpr, SPLITS: tl.constexpr,
+    NEVER: tl.constexpr, WORDS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     row, unit, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot = tl.load(row_slot + row).to(tl.int64)
@@ -123,7 +123,7 @@ def _single(
         if KIND == 1:
             page = tl.load(table + (first_lane + H + unit) * W + j // NG, mask=ok, other=0).to(tl.int64)
             k = tl.load(
-                gates + (page * (PAGE * R // SPAN) + (j % NG) * R)[:, None] + x[None, :],
+                gates + (page * GATE_PAGE + (j % NG) * R)[:, None] + x[None, :],
                 mask=ok[:, None] & (x < R)[None, :],
                 other=0.0,
             )
@@ -193,7 +193,7 @@ def _single(
                 mask=is_gate,
                 other=0.0,
             )
-            target = page * (PAGE * R // SPAN) + (left % size) * R
+            target = page * GATE_PAGE + (left % size) * R
             tl.store(gates + target[:, None] + w[None, :], g, mask=is_gate)
         dies = NEVER
         if KIND == 3:
@@ -231,15 +231,15 @@ def single(
     if (rule.kind in (QUERY, DELAYED) or s.gate_rank) and (features is None or features.stride(-1) != 1):
         raise ValueError("features are needed, with dense rows")
     gate = key if features is None else features
-    rank = s.gate_rank * kv.element_size() // gate.element_size()
+    gates, rank = gate_view(s, kv, gate.dtype)
     _single[(rows.count, s.units, splits)](
         lanes.table, lanes.length, lanes.position, lanes.expiry, lanes.link, lanes.dropped, lanes.recorded, kv,
-        gate_pages(kv, gate.dtype), rows.slot, rows.first, rows.start, key, value, gate, k_scale, v_scale, rule.constants,
+        gates, rows.slot, rows.first, rows.start, key, value, gate, k_scale, v_scale, rule.constants,
         lanes.shift, lanes.limit, lanes.delay, lanes.spared, lanes.n_spared, meeting.arrivals, meeting.deaths,
         meeting.dead, rule.scale, rule.sinks, rule.window, layer, s.layers, s.lanes, s.width, lanes.record_tokens,
         key.stride(0), value.stride(0), gate.stride(0),
         KIND=rule.kind, PER_LAYER=s.per_layer, H=s.heads, E=s.units, N=s.page_tokens, NG=s.gate_page_tokens, D=s.head_size,
-        R=rank, SPAN=max(1, s.gate_rank), RANK=max(16, triton.next_power_of_2(rank)),
+        R=rank, SPAN=s.gate_rank, GATE_PAGE=gates.shape[1], RANK=max(16, triton.next_power_of_2(rank)),
         WIDE=triton.next_power_of_2(max(2 * s.head_size, s.gate_rank)), PAGE=s.page_numbers,
         LANES=triton.next_power_of_2(s.per_layer // (1 if s.units == 1 else s.heads)), KEYS=KEYS, LISTED=LISTED, SPLITS=splits,
         NEVER=NEVER, WORDS=s.words, INTERPRETED=INTERPRETED,
