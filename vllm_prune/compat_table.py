@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from vllm_prune.checkpoint import GATED_ARCHITECTURES, GENERIC_ARCHITECTURE
 from vllm_prune.compat import BLOCK_SIZES, DTYPES, HEAD_SIZES, KV_DTYPES, REFUSALS, SUPPORTED
-from vllm_prune.gates import GATES, Gate, Reads, Reveal, by_token
+from vllm_prune.gates import GATES, Gate, Reads, Reveal, by_token, on_gpu
 from vllm_prune.gates.dms import FORMS
 from vllm_prune.public_dms import BASES
 from vllm_prune.refusals import OF_REQUESTS, OF_SERVERS
@@ -84,10 +84,9 @@ def _bases() -> Table:
 
 
 def _method(gate: type[Gate]) -> tuple[str, ...]:
-    anywhere = by_token(gate.reveal, gate.routes)
     skips = gate.routes or gate.reveal is Reveal.NONE
-    everywhere = "yes" if anywhere else "refused"
-    return (gate.method, "yes", everywhere, everywhere, _all(GATED_ARCHITECTURES) if skips else "all")
+    gpu, ranks = ("yes" if served(gate.reveal, gate.routes) else "refused" for served in (on_gpu, by_token))
+    return (gate.method, "yes", gpu, ranks, _all(GATED_ARCHITECTURES) if skips else "all")
 
 
 def _methods() -> Table:

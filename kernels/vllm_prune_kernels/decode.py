@@ -45,11 +45,11 @@ def _part(length, SPLITS: tl.constexpr, KEYS: tl.constexpr, LEAST: tl.constexpr)
 
 @triton.jit(do_not_specialize=["layer"])
 def _decode(
-    table, length, kv, row_slot, first, query, out, partial, sums, arrivals, scale, v_scale, layer, lanes, W, query_stride,
-    query_head, out_stride, out_head,
+    table, length, kv, row_slot, first, query, out, partial, sums, arrivals, weigh, scale, v_scale, layer, lanes, W,
+    query_stride, query_head, out_stride, out_head,
     PER_LAYER: tl.constexpr, H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
     PAGE: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, LEAST: tl.constexpr, SPLITS: tl.constexpr,
-    WIDEN: tl.constexpr,
+    WEIGH: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     row, h, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot = tl.load(row_slot + row).to(tl.int64)
@@ -99,6 +99,10 @@ def _decode(
     if tokens <= part:
         result = acc / tl.where(total > 0.0, total, 1.0)[:, None]
         tl.store(into + heads[:, None] * out_head + d[None, :], result.to(out.dtype.element_ty), mask=has)
+        if WEIGH:
+            said = weigh + 2 * (begin.to(tl.int64) * H * G + heads)
+            tl.store(said, top, mask=g < G)
+            tl.store(said + 1, 1.0 / total, mask=g < G)
     else:
         cell = ((row * H + h).to(tl.int64) * SPLITS + split) * G + g
         tl.store(partial + cell[:, None] * D + d[None, :], acc, mask=has)
@@ -113,18 +117,24 @@ def _decode(
             for i in tl.static_range(G):
                 cells = ((row * H + h).to(tl.int64) * SPLITS + s) * G + i
                 tops = tl.load(sums + 2 * cells, mask=ok, other=-1.0e30)
-                weight = tl.exp2(tops - tl.max(tops, 0))
+                highest = tl.max(tops, 0)
+                weight = tl.exp2(tops - highest)
                 all_sums = tl.sum(weight * tl.load(sums + 2 * cells + 1, mask=ok, other=0.0), 0)
                 piece = tl.load(
                     partial + cells[:, None] * D + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0
                 )
                 whole = tl.sum(piece * weight[:, None], 0) / all_sums
                 tl.store(into + (h * G + i) * out_head + d, whole.to(out.dtype.element_ty), mask=d < D)
+                if WEIGH:
+                    said = weigh + 2 * ((begin.to(tl.int64) * H + h) * G + i)
+                    tl.store(said, highest)
+                    tl.store(said + 1, 1.0 / all_sums)
 
 
 def decode(
     lanes: Lanes, kv: torch.Tensor, rows: Rows, layer: int, query: torch.Tensor, out: torch.Tensor, scale: float,
     partial: torch.Tensor, sums: torch.Tensor, arrivals: torch.Tensor, splits: int, k_scale: float = 1.0, v_scale: float = 1.0,
+    weigh: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Attention of rows of one token; others are left alone.
 
@@ -137,6 +147,7 @@ def decode(
         arrivals: int32 [R, H] at least, zero between launches.
         splits: parts a lane, at most (``splits_for``).
         k_scale, v_scale: of an FP8 cache; 1 of another.
+        weigh: float32 [T, H G, 2], filled with what makes weights of logits (``received``); None where nobody asks.
     """
     s = lanes.sizes
     if rows.count == 0:
@@ -145,9 +156,10 @@ def decode(
     wide = max(16, triton.next_power_of_2(s.head_size))
     _decode[(rows.count, s.heads, splits)](
         lanes.table, lanes.length, kv, rows.slot, rows.first, query, out, partial, sums, arrivals,
-        scale * k_scale * 1.4426950408889634, v_scale, layer, s.lanes, s.width, query.stride(0), query.stride(1), out.stride(0),
-        out.stride(1), PER_LAYER=s.per_layer, H=s.heads, N=s.page_tokens, D=s.head_size, WIDE=wide, PAGE=s.page_numbers, G=group,
-        GROUP=max(16, triton.next_power_of_2(group)), KEYS=KEYS, LEAST=LEAST, SPLITS=splits, WIDEN=INTERPRETED, num_warps=WARPS,
+        sums if weigh is None else weigh, scale * k_scale * 1.4426950408889634, v_scale, layer, s.lanes, s.width, query.stride(0),
+        query.stride(1), out.stride(0), out.stride(1), PER_LAYER=s.per_layer, H=s.heads, N=s.page_tokens, D=s.head_size,
+        WIDE=wide, PAGE=s.page_numbers, G=group, GROUP=max(16, triton.next_power_of_2(group)), KEYS=KEYS, LEAST=LEAST,
+        SPLITS=splits, WEIGH=weigh is not None, WIDEN=INTERPRETED, num_warps=WARPS,
         num_stages=STAGES if wide <= 128 and kv.element_size() <= 2 else 2,
     )  # fmt: skip
 

@@ -90,6 +90,7 @@ class Lanes:
         shift: float32 [S], limit: int64 [S], delay: int32 [S]: how the gates decide for each request: what its strength adds to
             biases (DCP) or the threshold of logits (DMS); the hashes below which keys live; tokens until an expiry.
         spared: int32 [S, words], a bit for each position whose key no gate may drop; n_spared: int32 [S], how many are set.
+        level: float64 [S, L], the threshold or share that gates at boundaries decide by, of each request and layer.
         error: int32 [1], set when a request ran out of granted pages.
         recorded: int32 [S, L, E, T], expiries of a request's keys, where drops are recorded; else [0].
     """
@@ -120,6 +121,7 @@ class Lanes:
     delay: torch.Tensor
     spared: torch.Tensor
     n_spared: torch.Tensor
+    level: torch.Tensor
     error: torch.Tensor
     recorded: torch.Tensor
 
@@ -139,7 +141,8 @@ class Lanes:
             full(0, s.slots), full(0, s.slots, s.grants + 1), full(0, s.slots, s.grants + 1), full(0, s.slots, s.lanes),
             full(-1, s.blocks), full(0, s.slots, s.layers, s.units),
             torch.zeros(s.slots, device=device), full(0, s.slots).long(), full(0, s.slots),
-            full(0, s.slots, s.words), full(0, s.slots), full(0, 1),
+            full(0, s.slots, s.words), full(0, s.slots),
+            torch.zeros(s.slots, s.layers, dtype=torch.float64, device=device), full(0, 1),
             full(NEVER, s.slots, s.layers, s.units, record_tokens) if record_tokens else full(0, 0),
         )  # fmt: skip
 
@@ -162,7 +165,7 @@ def bytes_per_page(sizes: Sizes) -> int:
 def fixed_bytes(sizes: Sizes) -> int:
     """Bookkeeping that does not grow with the pool."""
     s = sizes
-    return 4 * s.slots * (s.lanes * (s.width + 5) + 4 * s.grants + s.layers * s.units + s.words + 5)
+    return 4 * s.slots * (s.lanes * (s.width + 5) + 4 * s.grants + s.layers * (s.units + 2) + s.words + 5)
 
 
 def to_device(rows: list[tuple[int, ...]] | list[int], columns: int, device: torch.device) -> torch.Tensor:

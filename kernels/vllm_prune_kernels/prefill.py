@@ -89,10 +89,11 @@ def _fetch(keys, values, offsets, ok, D: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["layer", "total", "width", "share"])
 def _prefill(
-    table, length, expiry, kv, row_slot, first, row_start, query, key, value, chunk, lists, counts, out, scale, k_scale, v_scale,
-    layer, lanes, W, total, width, share, query_stride, query_head, key_stride, out_stride, out_head,
-    PER_LAYER: tl.constexpr, E: tl.constexpr, N: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
-    G: tl.constexpr, QUERIES: tl.constexpr, PART: tl.constexpr, KEYS: tl.constexpr, WIDEN: tl.constexpr,
+    table, length, expiry, kv, row_slot, first, row_start, query, key, value, chunk, lists, counts, out, weigh, scale, k_scale,
+    v_scale, layer, lanes, W, total, width, share, query_stride, query_head, key_stride, out_stride, out_head,
+    PER_LAYER: tl.constexpr, H: tl.constexpr, E: tl.constexpr, N: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
+    PAGE: tl.constexpr, G: tl.constexpr, QUERIES: tl.constexpr, PART: tl.constexpr, KEYS: tl.constexpr,
+    WEIGH: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     # Later tiles have more keys: they start first.
     parts = tl.num_programs(0)
@@ -152,6 +153,10 @@ def _prefill(
     result = acc / tl.where(sums > 0.0, sums, 1.0)[:, None]
     into = out + (begin + i)[:, None] * out_stride + head * out_head + d[None, :]
     tl.store(into, result.to(out.dtype.element_ty), mask=has)
+    if WEIGH:
+        said = weigh + 2 * ((begin + i) * H * G + head)
+        tl.store(said, top, mask=i < count)
+        tl.store(said + 1, 1.0 / tl.where(sums > 0.0, sums, 1.0), mask=i < count)
 
 
 @cache
@@ -165,7 +170,7 @@ def _tiles(head_size: int, elem: int) -> tuple[int, int, int, int]:
 def prefill(
     lanes: Lanes, kv: torch.Tensor, rows: Rows, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     chunk: torch.Tensor, lists: torch.Tensor, counts: torch.Tensor, out: torch.Tensor, scale: float, most_tokens: int,
-    k_scale: float = 1.0, v_scale: float = 1.0,
+    k_scale: float = 1.0, v_scale: float = 1.0, weigh: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Attention of rows of several tokens; others are left alone.
 
@@ -178,6 +183,7 @@ def prefill(
         scale: of the logits.
         most_tokens: the most tokens a row has.
         k_scale, v_scale: of an FP8 cache; 1 of another.
+        weigh: as for ``decode``.
     """
     s = lanes.sizes
     if rows.count == 0 or most_tokens < 2:
@@ -193,11 +199,11 @@ def prefill(
     part, keys, warps, stages = _tiles(s.head_size, query.element_size())
     _prefill[(triton.cdiv(most_tokens, part), heads, rows.count)](
         lanes.table, lanes.length, lanes.expiry, kv, rows.slot, rows.first, rows.start, query, key, value, chunk, lists, counts,
-        out, scale * 1.4426950408889634, k_scale, v_scale, layer, s.lanes, s.width, **numbers, query_stride=query.stride(0),
-        query_head=query.stride(1), key_stride=key.stride(0), out_stride=out.stride(0),
-        out_head=out.stride(1), PER_LAYER=s.per_layer, E=s.units, N=s.page_tokens, D=s.head_size,
+        out, out if weigh is None else weigh, scale * 1.4426950408889634, k_scale, v_scale, layer, s.lanes, s.width, **numbers,
+        query_stride=query.stride(0), query_head=query.stride(1), key_stride=key.stride(0), out_stride=out.stride(0),
+        out_head=out.stride(1), PER_LAYER=s.per_layer, H=s.heads, E=s.units, N=s.page_tokens, D=s.head_size,
         WIDE=max(16, triton.next_power_of_2(s.head_size)), PAGE=s.page_numbers, G=heads // s.heads, QUERIES=QUERIES, PART=part,
-        KEYS=keys, WIDEN=INTERPRETED, num_warps=warps, num_stages=stages,
+        KEYS=keys, WEIGH=weigh is not None, WIDEN=INTERPRETED, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 

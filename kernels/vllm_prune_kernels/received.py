@@ -1,116 +1,147 @@
-"""Attention that keys receive, as a second pass over the saved log-sum-exp of each query row.
+"""Attention that keys receive, added up in gate lanes: what gates at boundaries decide by (``vllm_prune.gates.boundary``).
 
-What gates at boundaries ask for (``vllm_prune.gates.boundary``):
+    mass_j += sum over n of c_n / (H G) * sum over query heads of A[n, j],    j < n, and with a span n - j <= span
 
-    mass_j = sum over n of c_n / (H G) * sum over query heads of exp(q_n . k_j * scale - lse_n),    j < n < expiry_j
-
-and, with a span, n - j <= span. One program sums one block of keys over all queries: no atomics, one order of sums.
-Letters: C queries, S keys, H KV heads, G query heads per KV head, D head size.
+A second pass over a layer's lanes after its step has been written, in which all keys of a lane live. ``decode`` and ``prefill``
+leave what makes weights of logits: A = 2^(logit - top) * share, logits in base 2. A token's mass is a float64, its gate key: so
+it moves, is copied and paged with the token. One program sums a tile of keys over all queries: no atomics, one order of sums.
+``received_naive`` is the twin. Letters as in ``lanes``; R rows, T tokens, G query heads per KV head, c_n keys that query n sees.
 """
 
 from __future__ import annotations
-
-import os
 
 import torch
 import triton
 import triton.language as tl
 
-BLOCK_KEYS, BLOCK_QUERIES = 32, 32
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""The interpreter (3.9) multiplies bfloat16 wrongly: it is widened there. On a GPU products of bfloat16 are exact in float32."""
+from .decode import lane_tokens
+from .lanes import INTERPRETED, Lanes
+from .narrow import gate_view
+from .rows import Rows
+
+LOG2E = 1.4426950408889634
+KEYS = 64
+"""Tokens of a tile."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer", "layers", "span"])
 def _received(
-    query, key, lse, position, expiry, seen, out, queries, keys, start, span, scale, query_stride, query_head_stride,
-    key_stride, key_head_stride, HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
-    KEYS: tl.constexpr, QUERIES: tl.constexpr, WIDEN: tl.constexpr,
+    table, length, position, kv, masses, level, row_slot, first, row_start, query, weigh, scale, span, layer, layers, lanes, W,
+    query_stride, query_head, PER_LAYER: tl.constexpr, H: tl.constexpr, N: tl.constexpr, NG: tl.constexpr, D: tl.constexpr,
+    WIDE: tl.constexpr, PAGE: tl.constexpr, GATE_PAGE: tl.constexpr, G: tl.constexpr, KEEP: tl.constexpr, KEYS: tl.constexpr,
+    QUERIES: tl.constexpr, SPLITS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    j = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
-    d = tl.arange(0, WIDE)
-    born = tl.load(position + j, mask=j < keys, other=2147483647)
-    dies = tl.load(expiry + j, mask=j < keys, other=0)
-    total = tl.zeros([KEYS], dtype=tl.float32)
-    for begin in range(0, queries, QUERIES):
-        i = begin + tl.arange(0, QUERIES)
-        n = start + i
-        sees = (born[None, :] < n[:, None]) & (n[:, None] < dies[None, :]) & (i < queries)[:, None]
-        sees = sees & ((span == 0) | (n[:, None] - born[None, :] <= span))
-        weight = tl.zeros([QUERIES, KEYS], dtype=tl.float32)
-        for head in tl.static_range(HEADS):
-            q = tl.load(query + i[:, None] * query_stride + head * query_head_stride + d[None, :],
-                        mask=(i < queries)[:, None] & (d < SIZE)[None, :], other=0.0)  # fmt: skip
-            k = tl.load(key + j[None, :] * key_stride + (head // GROUP) * key_head_stride + d[:, None],
-                        mask=(j < keys)[None, :] & (d < SIZE)[:, None], other=0.0)  # fmt: skip
-            row = tl.load(lse + i * HEADS + head, mask=i < queries, other=0.0)
-            if WIDEN:
-                q, k = q.to(tl.float32), k.to(tl.float32)
-            logit = tl.dot(q, k, input_precision="ieee") * scale
-            weight += tl.where(sees, tl.exp(tl.where(sees, logit, 0.0) - row[:, None]), 0.0)
-        live = tl.load(seen + i, mask=i < queries, other=0.0)
-        total += tl.sum(tl.where(sees, weight * live[:, None] / HEADS, 0.0), axis=0)
-    tl.store(out + j, total, mask=j < keys)
+    row = tl.program_id(0)
+    slot = tl.load(row_slot + row).to(tl.int64)
+    if slot < 0:
+        return
+    says = tl.load(level + slot * layers + layer)
+    if (says >= 1.0) if KEEP else (says <= 0.0):
+        return  # nothing can go: nobody asks
+    begin = tl.load(first + row).to(tl.int64)
+    count = tl.load(first + row + 1) - tl.load(first + row)
+    start = tl.load(row_start + row)
+    base = slot * lanes + layer * PER_LAYER
+    tokens = tl.load(length + base)
+    before = tokens - count
+    d, o, r = tl.arange(0, WIDE), tl.arange(0, KEYS), tl.arange(0, QUERIES)
+    for tile in range(tl.program_id(1), (tokens + KEYS - 1) // KEYS, SPLITS):
+        j = tile * KEYS + o
+        ok = j < tokens
+        at = tl.load(table + base * W + j // N, mask=ok, other=0).to(tl.int64) * N + j % N
+        born = tl.load(position + at, mask=ok, other=-1)
+        if (span == 0) | (tl.max(born, 0) >= start - span):
+            total = tl.zeros([KEYS], dtype=tl.float64)
+            for h in range(H):
+                page = tl.load(table + (base + h) * W + j // N, mask=ok, other=0).to(tl.int64)
+                place = page * PAGE + (j % N) * (2 * D)
+                k = tl.load(kv + place[None, :] + d[:, None], mask=ok[None, :] & (d < D)[:, None], other=0.0)
+                for rows_from in range(0, count * G, QUERIES):
+                    i, head = (rows_from + r) // G, h * G + (rows_from + r) % G
+                    there = i < count
+                    q = tl.load(
+                        query + (begin + i)[:, None] * query_stride + head[:, None] * query_head + d[None, :],
+                        mask=there[:, None] & (d < D)[None, :],
+                        other=0.0,
+                    )
+                    if WIDEN:
+                        q = q.to(tl.float32)
+                    said = weigh + 2 * ((begin + i) * H * G + head)
+                    top, share = tl.load(said, mask=there, other=0.0), tl.load(said + 1, mask=there, other=0.0)
+                    n = start + i
+                    sees = ok[None, :] & there[:, None] & (born[None, :] < n[:, None])
+                    sees = sees & ((span == 0) | (n[:, None] - born[None, :] <= span))
+                    logit = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale
+                    weight = tl.exp2(tl.where(sees, logit - top[:, None], float("-inf"))) * share[:, None]
+                    seen = (before + i + 1).to(tl.float32)
+                    total += tl.sum(weight * seen[:, None], 0).to(tl.float64)
+            page = tl.load(table + (base + H) * W + j // NG, mask=ok, other=0).to(tl.int64)
+            into = masses + page * GATE_PAGE + j % NG
+            tl.store(into, tl.load(into, mask=ok, other=0.0) + total / (H * G), mask=ok)
 
 
 def received(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    lse: torch.Tensor,
-    position: torch.Tensor,
-    expiry: torch.Tensor,
-    seen: torch.Tensor,
-    start: int,
-    scale: float,
-    span: int = 0,
-) -> torch.Tensor:
-    """Mass that each key received from a run of queries.
+    lanes: Lanes, kv: torch.Tensor, rows: Rows, layer: int, query: torch.Tensor, weigh: torch.Tensor, scale: float, span: int,
+    keep: bool, most_tokens: int, splits: int, k_scale: float = 1.0,
+) -> None:  # fmt: skip
+    """Add what the rows' queries give to the keys before them.
 
     Args:
-        query: [C, H * G, D]; key: [S, H, D], in any order; the last dimension contiguous.
-        lse: float32 [C, H * G], log-sum-exp of each row over all that it sees, itself included.
-        position, expiry: int32 [S], of each key.
-        seen: float32 [C], c_n: how many keys each query sees.
-        start: position of the first query; the others follow.
+        kv: [P, 2 N D], the cache, of query's dtype or FP8.
+        rows: of the step, whose tokens are written; ``layer``: 0 to L - 1.
+        query: [T, H G, D]; the last dimension dense.
+        weigh: float32 [T, H G, 2], of ``decode`` and ``prefill``: largest logit in base 2, and 1 over the sum of weights.
         scale: of the logits.
         span: how many later queries count for a key; 0: all.
-
-    Returns:
-        float32 [S].
+        keep: how a ``level`` is meant: see ``judge``.
+        most_tokens: the most tokens a row has.
+        splits: programs a row.
+        k_scale: of an FP8 cache; 1 of another.
     """
-    (c, heads, size), (s, kv_heads, _) = query.shape, key.shape
-    if heads % kv_heads or query.stride(-1) != 1 or key.stride(-1) != 1:
-        raise ValueError("query heads must be a multiple of KV heads, and the last dimension contiguous")
-    out = torch.zeros(s, dtype=torch.float32, device=query.device)
-    if c == 0 or s == 0:
-        return out
-    _received[(triton.cdiv(s, BLOCK_KEYS),)](
-        query, key, lse.contiguous(), position.contiguous(), expiry.contiguous(), seen.contiguous(), out, c, s, start, span,
-        scale, query.stride(0), query.stride(1), key.stride(0), key.stride(1), HEADS=heads, GROUP=heads // kv_heads,
-        SIZE=size, WIDE=max(16, triton.next_power_of_2(size)), KEYS=BLOCK_KEYS, QUERIES=BLOCK_QUERIES,
-        WIDEN=INTERPRETED,
+    s = lanes.sizes
+    if rows.count == 0:
+        return
+    if s.units != 1 or query.stride(-1) != 1:
+        raise ValueError("heads decide together, and the last dimension of query is dense")
+    masses, _ = gate_view(s, kv, torch.float64)
+    group = query.shape[1] // s.heads
+    _received[(rows.count, splits)](
+        lanes.table, lanes.length, lanes.position, kv, masses, lanes.level, rows.slot, rows.first, rows.start, query, weigh,
+        scale * k_scale * LOG2E, span, layer, s.layers, s.lanes, s.width, query.stride(0), query.stride(1),
+        PER_LAYER=s.per_layer, H=s.heads, N=s.page_tokens, NG=s.gate_page_tokens, D=s.head_size,
+        WIDE=max(16, triton.next_power_of_2(s.head_size)), PAGE=s.page_numbers, GATE_PAGE=masses.shape[1], G=group, KEEP=keep,
+        KEYS=KEYS, QUERIES=max(16, min(64, triton.next_power_of_2(most_tokens * group))), SPLITS=splits, WIDEN=INTERPRETED,
     )  # fmt: skip
-    return out
 
 
 def received_naive(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    lse: torch.Tensor,
-    position: torch.Tensor,
-    expiry: torch.Tensor,
-    seen: torch.Tensor,
-    start: int,
-    scale: float,
-    span: int = 0,
-) -> torch.Tensor:
-    """``received`` as the module's formula has it, in float64. Arguments as there; returns float64 [S]."""
-    (c, heads, _), kv_heads = query.shape, key.shape[1]
-    n = torch.arange(start, start + c, device=query.device)[:, None]
-    sees = (position < n) & (n < expiry)
-    if span:
-        sees = sees & (n - position <= span)
-    keys = key.double().repeat_interleave(heads // kv_heads, dim=1)
-    logits = torch.einsum("chd,shd->hcs", query.double(), keys) * scale
-    weights = (logits - lse.double().T[:, :, None]).exp().mean(0) * seen.double()[:, None]
-    return weights.masked_fill(~sees, 0.0).sum(0)
+    lanes: Lanes, kv: torch.Tensor, rows: Rows, layer: int, query: torch.Tensor, scale: float, span: int, keep: bool,
+    k_scale: float = 1.0,
+) -> None:  # fmt: skip
+    """``received``, row by row in float64, softmax and all."""
+    s = lanes.sizes
+    masses, _ = gate_view(s, kv, torch.float64)
+    group = query.shape[1] // s.heads
+    for row, slot in enumerate(rows.slot.tolist()):
+        if slot < 0 or nothing_goes(float(lanes.level[slot, layer]), keep):
+            continue
+        begin, end, start = int(rows.first[row]), int(rows.first[row + 1]), int(rows.start[row])
+        lane = layer * s.per_layer
+        j = torch.arange(int(lanes.length[slot, lane]))
+        born = lanes.position[lanes.table[slot, lane].long()[j // s.page_tokens], j % s.page_tokens]
+        n = torch.arange(start, start + end - begin)[:, None]
+        weights = torch.zeros(end - begin, len(j), dtype=torch.float64)
+        for h in range(s.heads):
+            k, _ = lane_tokens(lanes, kv, slot, layer, h, torch.float64)
+            q = query[begin:end, h * group : (h + 1) * group].double()
+            logits = (q @ k.T * (scale * k_scale)).masked_fill((born > n)[:, None], float("-inf"))
+            weights += logits.softmax(-1).sum(1)
+        counts = (born < n) & ((n - born <= span) if span else True)
+        seen = (len(j) - (end - begin) + 1 + n - start).double()
+        page = lanes.table[slot, lane + s.heads].long()[j // s.gate_page_tokens]
+        masses[page, j % s.gate_page_tokens] += (weights * counts * seen).sum(0) / query.shape[1]
+
+
+def nothing_goes(level: float, keep: bool) -> bool:
+    """Whether a level lets no key go."""
+    return level >= 1.0 if keep else level <= 0.0

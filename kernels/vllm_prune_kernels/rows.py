@@ -76,24 +76,39 @@ def rows_naive(lanes: Lanes, rows: Rows, block_table: torch.Tensor, seq_lens: to
 def parts_of(rows: Rows, cuts: torch.Tensor) -> list[Rows]:
     """Rows cut at positions: the first parts of all rows, then their second parts, and so on; nothing is read back.
 
-    Each has all parts as rows, in the order of their tokens, and slot -1 for those that are not its own.
+    Each has the tokens of all parts, in 2 R + 1 rows: those between the parts that are its own have the slot -1.
 
     Args:
         cuts: int32 [S, C], ascending, by slot: where its row is cut, NEVER where it is not.
     """
-    units, most = rows.settled.shape[1], cuts.shape[1] + 1
+    return _parts_at(rows, cuts[rows.slot.clamp_min(0).long()])
+
+
+def segments_of(rows: Rows, grid: int, most_tokens: int) -> list[Rows]:
+    """Rows cut at the multiples of ``grid``, as ``parts_of`` does it.
+
+    Args:
+        most_tokens: the most tokens that a row has.
+    """
+    borders = max(0, most_tokens - 2) // grid + 1  # as many as can lie inside a row
+    later = torch.arange(1, borders + 1, dtype=torch.int32, device=rows.start.device)
+    return _parts_at(rows, (rows.start[:, None] // grid + later) * grid)
+
+
+def _parts_at(rows: Rows, cuts: torch.Tensor) -> list[Rows]:
+    """``parts_of`` with cuts int32 [R, C] by row."""
+    units, count = rows.settled.shape[1], rows.count
     tokens = rows.first.diff()
-    at = cuts[rows.slot.clamp_min(0).long()] - rows.start[:, None]
-    edges = torch.cat(
-        [torch.zeros_like(tokens)[:, None], at.clamp_min(0).minimum(tokens[:, None]), tokens[:, None]], dim=1
-    )
-    first = torch.cat([(rows.first[:-1, None] + edges[:, :-1]).reshape(-1), rows.first[-1:]])
-    start = (rows.start[:, None] + edges[:, :-1]).reshape(-1)
-    there = edges.diff(dim=1) > 0
+    at = (cuts - rows.start[:, None]).clamp_min(0).minimum(tokens[:, None])
+    edges = torch.cat([torch.zeros_like(tokens)[:, None], at, tokens[:, None]], dim=1)
     found = []
-    for part in range(most):
-        mine = torch.full_like(edges[:, :-1], -1)
-        mine[:, part] = torch.where(there[:, part], rows.slot, -1)
-        settled = torch.zeros(len(start), units, 2, dtype=torch.int32, device=start.device)
-        found.append(Rows(mine.reshape(-1), first, start, settled))
+    for part in range(cuts.shape[1] + 1):
+        mine = rows.first[:-1, None] + edges[:, part : part + 2]
+        first = torch.cat([rows.first[:1], mine.reshape(-1), rows.first[-1:]])
+        slot = torch.full((2 * count + 1,), -1, dtype=torch.int32, device=first.device)
+        slot[1::2] = torch.where(edges[:, part] < edges[:, part + 1], rows.slot, -1)
+        start = torch.zeros_like(slot)
+        start[1::2] = rows.start + edges[:, part]
+        settled = torch.zeros(len(slot), units, 2, dtype=torch.int32, device=first.device)
+        found.append(Rows(slot, first, start, settled))
     return found

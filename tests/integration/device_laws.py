@@ -39,8 +39,9 @@ SMALL = {} if torch.cuda.is_available() else {
     "kv_cache_memory_bytes": 4 << 20, "max_model_len": 192, "max_num_seqs": 4, "max_num_batched_tokens": 96,
 }  # fmt: skip
 """The interpreter copies every tensor that a kernel is given."""
-ON_GPU = ("dcp", "dcp_kv_head", "dms", "window", "random")
-SHORT = ON_GPU if FULL else ON_GPU[:1]
+BY_TOKEN = ("dcp", "dcp_kv_head", "dms", "window", "random")
+ON_GPU = (*BY_TOKEN, "ltp", "acc")
+SHORT = ON_GPU if FULL else ("dcp", "acc")
 """Under the interpreter, a minute each; the kernels of the others are compared with their twins in any case."""
 
 
@@ -77,16 +78,17 @@ def test_law_2(tmp_path, name):
         strengths = (None, 0.0, 0.5)
         mixed = llm.generate(prompts([40, 50, 45], seed=6), [greedy(asking(x), 4) for x in strengths], use_tqdm=False)
         assert check_strengths(model, llm, mixed, strengths)[1] == 0.0
-        sparing = [greedy({"prune.protect": SPARED}, 4), greedy(tokens=4)]
-        batch = prompts([85, 60], seed=3)
-        check_spared(llm, model, llm.generate(batch, sparing, use_tqdm=False), [POSITIONS, frozenset()])
-        check_spared(llm, model, llm.generate(batch[1:], sparing[1], use_tqdm=False), [frozenset()])  # in a used slot
+        if name in BY_TOKEN:
+            sparing = [greedy({"prune.protect": SPARED}, 4), greedy(tokens=4)]
+            batch = prompts([85, 60], seed=3)
+            check_spared(llm, model, llm.generate(batch, sparing, use_tqdm=False), [POSITIONS, frozenset()])
+            check_spared(llm, model, llm.generate(batch[1:], sparing[1], use_tqdm=False), [frozenset()])  # in a used slot
         check(model, llm, preempted(llm, prompts([40, 9], seed=5), tokens=5, after=(3, 6)))
         generate(llm, prompts([3]), tokens=2)  # the ended are buried by a step
         assert pool_is_whole(llm)
 
 
-@pytest.mark.parametrize("name", ON_GPU if torch.cuda.is_available() else ["dcp"])
+@pytest.mark.parametrize("name", BY_TOKEN if torch.cuda.is_available() else ["dcp"])
 def test_pressure(tmp_path, name):
     """Strength that changes while a request runs."""
     model = save_gated(tmp_path, tiny_config("qwen3", layers=2), name, **METHODS[name])

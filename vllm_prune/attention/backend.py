@@ -26,6 +26,7 @@ class PruneCPUBackend(AttentionBackend):
     """Lanes on CPU: vLLM's own attention kernel with heads as batch."""
 
     forward_includes_kv_cache_update = True
+    device_lanes: ClassVar[bool] = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float32]
 
     @staticmethod

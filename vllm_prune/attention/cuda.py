@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm_prune_kernels.crossing import crossing
 from vllm_prune_kernels.decode import decode, splits_for
+from vllm_prune_kernels.judge import Boundaries, judge
 from vllm_prune_kernels.marks import at_write, delayed
 from vllm_prune_kernels.narrow import FP8
 from vllm_prune_kernels.prefill import prefill
-from vllm_prune_kernels.rows import Rows, find_rows, parts_of
+from vllm_prune_kernels.received import received
+from vllm_prune_kernels.rows import Rows, find_rows, parts_of, segments_of
 from vllm_prune_kernels.settle import settle
 from vllm_prune_kernels.single import DELAYED, OPEN, QUERY, WRITE, Decision, single
 
 from vllm_prune.attention.impl import GatedImpl
 from vllm_prune.attention.serving import DelayRule, QueryRule, WriteRule
+from vllm_prune.gates import BoundaryGate
 
 if TYPE_CHECKING:
     from vllm_prune.attention.device_state import DeviceAttentionMetadata, DeviceState
@@ -30,11 +33,18 @@ PROGRAMS = 264
 """Programs that fill a large GPU twice: how far work on few rows is split."""
 
 
-def parts_of_step(rows: Rows, cuts: Cuts | None) -> list[tuple[Rows, torch.Tensor | None]]:
-    """See ``DeviceAttentionMetadata.parts``."""
-    if cuts is None:
-        return [(rows, None)]
-    return list(zip(parts_of(rows, cuts.at), [*cuts.copies, None], strict=True))
+def parts_of_step(rows: Rows, cuts: Cuts | None, grid: int, most_tokens: int) -> list[tuple[Rows, torch.Tensor | None]]:
+    """See ``DeviceAttentionMetadata.parts``. ``grid``: of boundaries; 0 where there are none."""
+    parts: list[tuple[Rows, torch.Tensor | None]] = [(rows, None)]
+    if cuts is not None:
+        parts = list(zip(parts_of(rows, cuts.at), [*cuts.copies, None], strict=True))
+    if not grid:
+        return parts
+    found: list[tuple[Rows, torch.Tensor | None]] = []
+    for part, copies in parts:
+        *others, last = segments_of(part, grid, most_tokens)
+        found += [*((segment, None) for segment in others), (last, copies)]
+    return found
 
 
 class PruneCUDAImpl(GatedImpl):
@@ -46,11 +56,16 @@ class PruneCUDAImpl(GatedImpl):
         self.reserved: torch.Tensor | None = None
         self.bookkeeping: Callable[[], int] | None = None
         self._decision: Decision
+        self._boundaries: Boundaries | None = None
         self.scales = (1.0, 1.0)
 
     def attach(self, state: DeviceState, index: int) -> None:
         self.state, self.index, self.serving = state, index, state.serving
         rule, served = self.rule_at(1.0), state.serving  # strengths are the requests': see ``DeviceStore``
+        gate = state.layers[index].drop_gate
+        if isinstance(gate, BoundaryGate):
+            at = gate.rule(1.0, state.layers[index].section.protection)
+            self._boundaries = Boundaries(at.grid, at.span, at.after, at.sinks, at.keep is not None)
         nothing = torch.zeros(served.num_units, dtype=torch.int32, device=state.device)
         if isinstance(rule, QueryRule):  # at strength 1 biases are the gate's own
             biases = torch.from_numpy(rule.biases).to(state.device)
@@ -95,46 +110,57 @@ class PruneCUDAImpl(GatedImpl):
         self.scales = (layer._k_scale_float, layer._v_scale_float) if kv.dtype == FP8 else (1.0, 1.0)
         if self.index == 0:
             find_rows(lanes, rows, m.block_table, m.seq_lens)
-            m.parts = [] if most == 1 else parts_of_step(rows, state.store.cuts)
+            grid = 0 if self._boundaries is None else self._boundaries.grid
+            m.parts = [] if most == 1 else parts_of_step(rows, state.store.cuts, grid, most)
+        if self._boundaries is not None:
+            features, most = state.blank.expand(len(key), -1), min(most, self._boundaries.grid)
         if most == 1:
+            if self._boundaries is not None:
+                judge(lanes, kv, rows, self.index, self._boundaries)
             single(lanes, kv, rows, self.index, self._decision, key, value, features, state.meeting, self._splits(rows),
                    *self.scales)  # fmt: skip
-            self._decode(m, rows, query, output, m.splits)
+            self._decode(state, rows, query, output, m.splits, most)
             return output
         remembered = features if self.serving.rank else None
         for part, copies in m.parts:
-            self._decide(m, part, features)
+            self._decide(state, part, features, most)
             prefill(lanes, kv, part, self.index, query, key, value, state.chunk, state.lists, state.counts, output, self.scale,
-                    most, *self.scales)  # fmt: skip
+                    most, *self.scales, state.weigh)  # fmt: skip
             splits = min(max(1, most // 64), 32)
             settle(
                 lanes, kv, part, self.index, key, value, remembered, state.chunk, state.rank, most, splits, *self.scales
             )
-            self._decode(
-                m, part, query, output, m.splits if part is rows else splits_for(part.count, self.num_kv_heads)
-            )
+            splits = m.splits if part is rows else splits_for(part.count, self.num_kv_heads)
+            self._decode(state, part, query, output, splits, most)
             if copies is not None:
                 state.store.leave(copies, self.index)
         return output
 
     def _decode(
-        self, m: DeviceAttentionMetadata, rows: Rows, query: torch.Tensor, output: torch.Tensor, splits: int
+        self, state: DeviceState, rows: Rows, query: torch.Tensor, output: torch.Tensor, splits: int, most: int
     ) -> None:
-        state = m.state
+        """Attention of single tokens; then, for gates at boundaries, what all rows' keys received."""
         assert state.store is not None and state.store.kv is not None
-        decode(state.store.lanes, state.store.kv, rows, self.index, query, output, self.scale, state.accumulators, state.sums,
-               state.arrivals, splits, *self.scales)  # fmt: skip
+        lanes, kv, rule = state.store.lanes, state.store.kv, self._boundaries
+        decode(lanes, kv, rows, self.index, query, output, self.scale, state.accumulators, state.sums, state.arrivals, splits,
+               *self.scales, state.weigh)  # fmt: skip
+        if rule is not None:
+            assert state.weigh is not None
+            received(lanes, kv, rows, self.index, query, state.weigh, self.scale, rule.span, rule.keep, most, self._splits(rows),
+                     self.scales[0])  # fmt: skip
 
     def _splits(self, rows: Rows) -> int:
         """Programs a row and unit that share a lane's decisions."""
         return max(1, min(32, PROGRAMS // (rows.count * self.serving.num_units)))
 
-    def _decide(self, m: DeviceAttentionMetadata, rows: Rows, features: torch.Tensor | None) -> None:
+    def _decide(self, state: DeviceState, rows: Rows, features: torch.Tensor | None, most: int) -> None:
         """Expiries that these rows' tokens give to keys in lanes and to their own."""
-        state, most, rule = m.state, m.most_tokens, self._decision
+        rule = self._decision
         assert state.store is not None and state.store.kv is not None
         lanes = state.store.lanes
-        if rule.kind == QUERY:
+        if self._boundaries is not None:
+            judge(lanes, state.store.kv, rows, self.index, self._boundaries)
+        elif rule.kind == QUERY:
             assert features is not None
             crossing(lanes, state.store.kv, rows, self.index, features, state.chunk, rule.scale, rule.constants, rule.sinks,
                      rule.window, self._splits(rows), most)  # fmt: skip

@@ -24,6 +24,7 @@ class PruneCUDABackend(AttentionBackend):
     """Lanes on a GPU: kernels of ours on vLLM's KV cache."""
 
     forward_includes_kv_cache_update = True
+    device_lanes: ClassVar[bool] = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16", *KV_DTYPES["cuda"]]
 

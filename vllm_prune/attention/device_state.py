@@ -6,9 +6,10 @@ the step's own keys, scratch. Letters: R rows, T tokens of a step, E eviction un
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm_prune_kernels.decode import scratch_for, splits_for
@@ -17,10 +18,9 @@ from vllm_prune_kernels.prefill import list_width
 from vllm_prune_kernels.rows import Rows
 from vllm_prune_kernels.single import Meeting
 
-from vllm_prune.attention.serving import knobs_of
+from vllm_prune.attention.serving import Knobs, knobs_of, levels_of
 from vllm_prune.attention.step_state import StepState, Told
 from vllm_prune.cache.device_store import DeviceStore, sizes_of
-from vllm_prune.cache.partings import MOST_PARTS
 from vllm_prune.cache.snapshots import MOST_ON_GPU
 from vllm_prune.cache.spec import PruneSpec
 from vllm_prune.messages import LATE, PruneMetadata
@@ -41,7 +41,7 @@ class DeviceAttentionMetadata:
         most_tokens: the most tokens a row has.
         splits: programs a row and KV head in decode attention.
         parts: rows in the order in which each layer takes them, and which snapshots it leaves after each (``leave``); found by
-            the first layer of a step that is not of single tokens. Several where rows are cut for snapshots.
+            the first layer of a step that is not of single tokens. Several where rows are cut, for snapshots or at boundaries.
     """
 
     state: DeviceState
@@ -63,8 +63,10 @@ class DeviceState(StepState):
         super().__init__(vllm_config, spec, layer_names)
         # Graphs are captured for numbers of rows that may lie above the most requests.
         r = max([self.max_requests, *(vllm_config.compilation_config.cudagraph_capture_sizes or [])])
-        if self.prefixes:
-            r = max(r, MOST_PARTS * self.max_requests)
+        parts = self.max_requests
+        for cut in (self.prefixes, self.serving.mass):  # see ``parts_of``
+            parts = 2 * parts + 1 if cut else parts
+        r = max(r, parts)
         e, t = self.serving.num_units, self.chunk_tokens
         self.chunk = torch.full((e, t), NEVER, dtype=torch.int32, device=device)
         self.rank = torch.zeros(e, t, dtype=torch.int32, device=device)
@@ -79,6 +81,9 @@ class DeviceState(StepState):
         self.sums = torch.empty(sums, dtype=torch.float32, device=device)
         self.arrivals = torch.zeros(r, heads, dtype=torch.int32, device=device)
         self.meeting = Meeting.make(r, e, device)
+        # Of gates at boundaries: what makes weights of logits, and a mass of 0 for each token that is written.
+        self.weigh = torch.empty(t, heads * group, 2, dtype=torch.float32, device=device) if self.serving.mass else None
+        self.blank = torch.zeros(1, 2, dtype=torch.float64, device=device)
 
     def bind(self, kv_caches: dict[str, torch.Tensor]) -> None:
         views = [kv_caches[name] for name in self.layer_names]
@@ -88,10 +93,19 @@ class DeviceState(StepState):
         self.store = DeviceStore(
             self.spec.geometry, slots, self.max_tokens, views[0].shape[0], self.serving.num_units,
             self.spec.max_grants(self.max_tokens), self.device,
-            partial(knobs_of, self.layers[0].drop_gate, self.layers[0].section),  # type: ignore[arg-type]
-            self.serving.undecided, self.record, self.ranks,
+            self._knobs(), self.serving.undecided, self.record, self.ranks,
         )  # fmt: skip
         self.store.bind(views)
+
+    def _knobs(self) -> Callable[[float], Knobs]:
+        section = self.layers[0].section
+        gates: list[Any] = [layer.drop_gate for layer in self.layers]
+        # Numbers of gates at boundaries are read from the device: once for each strength.
+        return (
+            lru_cache(64)(partial(levels_of, gates, section))
+            if self.serving.mass
+            else partial(knobs_of, gates[0], section)
+        )
 
     def begin_step(self, meta: PruneMetadata) -> None:
         assert self.store is not None, "the KV cache is not bound yet"

@@ -87,11 +87,11 @@ class GatedAttention(Attention):
         super().__init__(*args, **kwargs)
         vllm_config = get_current_vllm_config()
         self.section = section_of(vllm_config)
+        self.ranks = vllm_config.parallel_config.tensor_parallel_size
+        self.serving = ServedGate.of(self.section, self.ranks, kwargs["attn_backend"].device_lanes)
         # What gates remember is not narrowed with the KV cache: decisions hang on it.
         cached = self.kv_cache_torch_dtype
-        self.gate_dtype = cached if cached.is_floating_point else torch.get_default_dtype()
-        self.ranks = vllm_config.parallel_config.tensor_parallel_size
-        self.serving = ServedGate.of(self.section, self.ranks)
+        self.gate_dtype = self.serving.dtype(cached if cached.is_floating_point else torch.get_default_dtype())
         with torch.device("meta"):
             built = self.section.build_gate()
         self.borrows, self.reads = built.borrows, built.reads

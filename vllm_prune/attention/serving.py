@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from vllm_prune.config import DropGateConfig
 from vllm_prune.errors import PruneError
-from vllm_prune.gates import BoundaryGate, BoundaryRule, Gate, Reveal, Scope, by_token, decision_shift
+from vllm_prune.gates import BoundaryGate, BoundaryRule, Gate, Reveal, Scope, by_token, decision_shift, on_gpu
 from vllm_prune.gates.dcp import DCPGate
 from vllm_prune.gates.dms import DMSGate
 from vllm_prune.gates.random_drop import RandomGate
@@ -30,6 +32,7 @@ class ServedGate:
         routes: whether layers run on a subset of the tokens.
         whole_prompt: whether every prompt must come in one step.
         split: whether each KV head decides for itself, so that ranks of a tensor parallel group decide about their own alone.
+        mass: what is remembered is the attention that a key received, a float64 that kernels add to; else features.
     """
 
     reveal: Reveal | None
@@ -41,6 +44,11 @@ class ServedGate:
     routes: bool = False
     whole_prompt: bool = False
     split: bool = False
+    mass: bool = False
+
+    def dtype(self, features: torch.dtype) -> torch.dtype:
+        """Of the numbers that are remembered, given that of ``features``."""
+        return torch.float64 if self.mass else features
 
     @property
     def ruled(self) -> bool:
@@ -74,9 +82,15 @@ class ServedGate:
         """See ``gates.by_token``; False where gates are open."""
         return by_token(self.reveal, self.routes)
 
+    @property
+    def on_gpu(self) -> bool:
+        """See ``gates.on_gpu``; False where gates are open."""
+        return on_gpu(self.reveal, self.routes)
+
     @classmethod
-    def of(cls, section: DropGateConfig, ranks: int = 1) -> ServedGate:
-        """Of a checkpoint, on one of ``ranks`` tensor parallel ranks, which are all alike."""
+    def of(cls, section: DropGateConfig, ranks: int = 1, device_lanes: bool = False) -> ServedGate:
+        """Of a checkpoint, on one of ``ranks`` tensor parallel ranks, which are all alike. ``device_lanes``: lanes are a GPU's,
+        where what keys received lies in one of them."""
         if section.strength == 0.0:
             return cls(None, 0, 1, 0, 0, 0)
         gate = section.build_gate()
@@ -86,11 +100,12 @@ class ServedGate:
                 "written and never again.", "Set it to 0; protect.sinks is honoured.",
             )  # fmt: skip
         split, protect = gate.scope is Scope.KV_HEAD, section.protect
-        remembered = gate.num_remembered // gate.num_units
+        mass = device_lanes and gate.reveal is Reveal.AT_BOUNDARY
+        remembered = 1 if mass else gate.num_remembered // gate.num_units
         units = gate.num_units // ranks if split else 1
         lanes = units if remembered else 0
         return cls(gate.reveal, remembered, units, lanes, protect.sinks, protect.window, gate.routes, gate.whole_prompt,
-                   split)  # fmt: skip
+                   split, mass)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,11 +169,13 @@ class Knobs:
         shift: added to the biases of a ``QueryRule``, or the threshold of a ``DelayRule``; infinite where gates are open.
         limit: of a ``WriteRule``.
         delay: of a ``DelayRule`` or ``WriteRule``.
+        levels: of a ``BoundaryRule``, by layer: its threshold, or the share it keeps. Empty of the others.
     """
 
     shift: float
     limit: int
     delay: int
+    levels: tuple[float, ...] = ()
 
 
 def knobs_of(gate: Gate, section: DropGateConfig, strength: float) -> Knobs:
@@ -170,6 +187,12 @@ def knobs_of(gate: Gate, section: DropGateConfig, strength: float) -> Knobs:
         return Knobs(0.0, 2**32 if is_open else gate.limit(strength), max(gate.delay, window))
     delay = max(gate.delay, window) if isinstance(gate, DMSGate) else 0
     return Knobs(decision_shift(strength) * gate.unit, 0, delay)
+
+
+def levels_of(gates: Sequence[BoundaryGate], section: DropGateConfig, strength: float) -> Knobs:
+    """Of gates that decide at boundaries, at a strength: one a layer. 0 opens them."""
+    rules = [gate.rule(strength, section.protection) for gate in gates]
+    return Knobs(0.0, 0, 0, tuple(rule.level for rule in rules))
 
 
 Rule = QueryRule | DelayRule | WriteRule | RequestRule | BoundaryRule

@@ -216,7 +216,7 @@ class DeviceStore:
                 spared.append((state.slot, given.spared))
             if state.strength != given.strength:
                 state.strength, knobs = given.strength, self.knobs(given.strength)
-                fresh.append((state.slot, knobs.shift, knobs.limit, knobs.delay, state.spared))
+                fresh.append((state.slot, knobs.shift, knobs.limit, knobs.delay, state.spared, *knobs.levels))
             for rank, block in enumerate(given.new_blocks):
                 news.append((state.slot, block, state.seen + rank, rank))
             state.seen += len(given.new_blocks)
@@ -255,7 +255,8 @@ class DeviceStore:
         return Cuts(send(torch.from_numpy(at), self.device), self._send([(rows, 3) for rows in copies]))
 
     def _set_knobs(self, fresh: list[tuple[float, ...]]) -> None:
-        """Slot, shift, limit, delay, n_spared of requests that begin or go on at another strength: float64 holds all exactly."""
+        """Slot, shift, limit, delay, n_spared, levels of requests that begin or go on at another strength: float64 holds all
+        exactly."""
         if not fresh:
             return
         table = send(torch.tensor(fresh, dtype=torch.float64), self.device)
@@ -263,6 +264,8 @@ class DeviceStore:
         lanes = self.lanes
         for column, into in enumerate((lanes.shift, lanes.limit, lanes.delay, lanes.n_spared), start=1):
             into.index_copy_(0, slots, table[:, column].to(into.dtype))
+        if table.shape[1] > 5:
+            lanes.level.index_copy_(0, slots, table[:, 5:])
 
     def _set_spared(self, spared: list[tuple[int, Sequence[tuple[int, int]]]]) -> None:
         """Slot and spans, [begin, end), of requests that begin."""

@@ -13,6 +13,7 @@ from vllm_prune.gates.base import (
     by_token,
     decision_shift,
     expiry_mask,
+    on_gpu,
 )
 from vllm_prune.gates.boundary import BoundaryGate, BoundaryRule
 from vllm_prune.gates.dcp import DCPGate
@@ -60,4 +61,5 @@ __all__ = [
     "by_token",
     "decision_shift",
     "expiry_mask",
+    "on_gpu",
 ]

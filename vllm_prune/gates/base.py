@@ -42,6 +42,12 @@ def by_token(reveal: Reveal | None, routes: bool) -> bool:
     return not routes and reveal in (Reveal.BY_QUERY, Reveal.DELAYED, Reveal.AT_WRITE)
 
 
+def on_gpu(reveal: Reveal | None, routes: bool) -> bool:
+    """Whether gates of this kind are served on a GPU: those that decide about single keys from features, and those that do so at
+    boundaries from attention."""
+    return by_token(reveal, routes) or (reveal is Reveal.AT_BOUNDARY and not routes)
+
+
 class Reads(StrEnum):
     """What a gate's ``forward`` is given of a token: the layer's normed input, its unnormed input (the residual stream), or
     the borrowed numbers of its query, after projection and q_norm and before RoPE (``borrowed.py``)."""

@@ -50,6 +50,11 @@ class BoundaryRule:
     keep: float | None = None
 
     @property
+    def level(self) -> float:
+        """The threshold or the share."""
+        return self.threshold if self.threshold is not None else self.keep  # type: ignore[return-value]
+
+    @property
     def drops(self) -> bool:
         """Whether any key can ever go: otherwise nobody needs to know what keys received."""
         return self.threshold > 0.0 if self.threshold is not None else self.keep != 1.0

@@ -148,7 +148,7 @@ def prepare_cuda(vllm_config: VllmConfig, section: DropGateConfig, served: Serve
     Raises:
         PruneError: the method is served on CPU only.
     """
-    if not served.by_token:
+    if not served.on_gpu:
         raise refused("method-on-gpu", method=section.method)
     compilation = vllm_config.compilation_config
     ops = compilation.splitting_ops
@@ -256,7 +256,7 @@ class GatedModelConfig(VerifyAndUpdateConfig):
         if section.tensors == "file":
             check_calibration(find_gate_file(model.model, model.revision), section)
         ranks = vllm_config.parallel_config.tensor_parallel_size
-        served = ServedGate.of(section, ranks)
+        served = ServedGate.of(section, ranks, device == "cuda")
         check_maps(device, ranks, server_options(vllm_config))
         markers = markers_of(vllm_config) if may_protect(section) else None
         protect = served_protect(vllm_config, section, markers)
@@ -277,8 +277,9 @@ class GatedModelConfig(VerifyAndUpdateConfig):
         if not cache.user_specified_block_size:
             # Small pages come free sooner: half a page a lane is idle on average. The CPU platform would choose 128.
             cache.block_size, cache.user_specified_block_size = BLOCK_TOKENS[device], True
-        # Of the cache's numbers: an FP8 cache keeps what gates remember in the model's dtype.
-        cells = model.dtype.itemsize if cache.cache_dtype in KV_DTYPES[device] else 1  # type: ignore[union-attr]
+        # Of the cache's numbers: what gates remember is not narrowed with an FP8 cache.
+        cached = 1 if cache.cache_dtype in KV_DTYPES[device] else model.dtype.itemsize  # type: ignore[union-attr]
+        cells = served.dtype(model.dtype).itemsize // cached  # type: ignore[arg-type]
         try:
             LaneGeometry(
                 section.num_layers,
