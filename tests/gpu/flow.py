@@ -23,11 +23,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "dms": {"delay": 8},
     "window": {"window": 40},
     "random": {"keep": 0.4, "delay": 8, "seed": 3},
+    "ltp": {"span": 20, "grid": 16, "theta": 0.98},
+    "acc": {"grid": 32, "sinks": 2, "window": 8},
 }
 CASES = [
     *(f"{method},v2,graphs" for method in METHODS), "dcp,v2,eager", "dcp,v1,graphs", "dcp,v1,eager", "dms,v1,graphs",
     "open,v2,graphs", "dcp_generic,v2,graphs", "dcp_prefix,v2,graphs", "dms_prefix,v1,eager",
     "dcp_fp8,v2,graphs", "dms_fp8,v1,eager", "dms_fp8_prefix,v2,graphs",
+    "acc,v1,eager", "acc_fp8_prefix,v2,graphs",
 ]  # fmt: skip
 
 

@@ -142,13 +142,14 @@ def test_fp8(tmp_path, name, monkeypatch):
             found[cache] = state_of(llm).store.num_blocks, outputs, drops
             same = [expected(model, recorded(llm, o)[0], len(o.prompt_token_ids)) for o in outputs]
             for seen, want in zip(drops, same, strict=True):
-                assert (seen == want).mean() > (0.9 if method in ("dcp", "dms") else 0.999)
+                assert (seen == want).mean() > (0.999 if method in ("window", "random") else 0.9)
             generate(llm, prompts([3]), tokens=2)
             assert pool_is_whole(llm)
     assert found["fp8"][0] in (2 * found["auto"][0], 2 * found["auto"][0] + 1)
     assert min((drops != NEVER).sum() for drops in found["fp8"][2][1:]) > 5, "the test must see drops"
     for seen, narrow in zip(found["auto"][2], found["fp8"][2], strict=True):
-        np.testing.assert_array_equal(seen[0], narrow[0])
+        if name in BY_TOKEN:  # the others decide by what the cache's keys received
+            np.testing.assert_array_equal(seen[0], narrow[0])
     gaps = []
     for plain, narrow in zip(found["auto"][1], found["fp8"][1], strict=True):
         one, other = (output.outputs[0].logprobs[0] for output in (plain, narrow))
