@@ -92,9 +92,8 @@ def _method(gate: type[Gate]) -> tuple[str, ...]:
 def _methods() -> Table:
     rows = [_method(gate) for gate in GATES.values()]
     for form, reads in list(FORMS.items())[1:]:  # the first is the default
-        plain = reads is Reads.INPUT
-        where = "yes" if plain else "refused"
-        rows.append((f"dms, form {form}", "yes", where, where, "all" if plain else _all(GATED_ARCHITECTURES)))
+        bases = "all" if reads is Reads.INPUT else _all(GATED_ARCHITECTURES)
+        rows.append((f"dms, form {form}", "yes", "yes", "yes", bases))
     return Table(
         "Methods", "A method's name is that of drop_gate.method. DMS gates about a token's own key are served as form query is.",
         ("method", "CPU", "NVIDIA GPU", "tensor parallel", "base models"), tuple(rows),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from vllm_prune.errors import PruneError
 
 BY_TOKEN = "DCP, DMS, window or random gates"
+ON_GPU = "DCP, DMS, LTP, ACC-style, window or random gates"
 
 
 @dataclass(frozen=True)
@@ -31,18 +32,14 @@ class GateRefusal:
 OF_SERVERS: tuple[GateRefusal, ...] = (
     GateRefusal(
         "method-on-gpu", "{method} is served on CPU only so far.",
-        f"Serve {BY_TOKEN} on a GPU, or run on the CPU build of vLLM.",
+        f"Serve {ON_GPU} on a GPU, or run on the CPU build of vLLM.",
     ),
     GateRefusal(
         "method-on-ranks", "{method} decides from what all heads do, and a rank of {ranks} has its own.",
         f"Serve {BY_TOKEN} with --tensor-parallel-size, or leave that at 1 and use more replicas.",
     ),
     GateRefusal(
-        "dms-form-on-gpu", "gates of form {form}, about {about}, are served on CPU only so far.",
-        "Run on the CPU build of vLLM.",
-    ),
-    GateRefusal(
-        "dms-form-on-ranks", "gates of form {form} are not cut to a rank's heads yet.",
+        "dms-per-layer-on-ranks", "the first KV head decides for its whole layer (per: layer), and other ranks do not have it.",
         "Leave --tensor-parallel-size at 1 and use more replicas.",
     ),
     GateRefusal(

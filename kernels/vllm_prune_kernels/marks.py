@@ -1,8 +1,11 @@
 """Expiries known without scores: decisions of the next token (DMS), and those made at write (window, random).
 
 DMS: token j + 1 decides about key j; its expiry is then j + 1 + delay. The first token of a step decides about the newest key in
-the lanes, the others about the step's own. Window and random: position + 1 + delay unless a hash of the position lets the key
-live. ``marks_naive`` is the twin. Letters as in ``lanes``; R rows, T tokens, C of a row.
+the lanes, the others about the step's own. With ``own`` token j itself decides about key j.
+
+Window and random: position + 1 + delay unless a hash of the position lets the key live.
+
+``*_naive`` are the twins. Letters as in ``lanes``; R rows, T tokens, C of a row.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ def _mix(x):
 def _delayed(
     table, length, position, expiry, row_slot, first, row_start, features, chunk, shift, delays, spared, n_spared, sinks, layer,
     stride, lanes, W, total, PER_LAYER: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr, NEVER: tl.constexpr,
-    WORDS: tl.constexpr,
+    WORDS: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     row, unit = tl.program_id(0), tl.program_id(1)
     slot = tl.load(row_slot + row).to(tl.int64)
@@ -42,7 +45,7 @@ def _delayed(
     count = tl.load(first + row + 1) - begin
     start = tl.load(row_start + row)
     threshold, delay = tl.load(shift + slot), tl.load(delays + slot)
-    if tl.program_id(2) == 0:
+    if (OWN == 0) & (tl.program_id(2) == 0):
         lane = slot * lanes + layer * PER_LAYER + unit
         newest = tl.load(length + lane) - 1
         if newest >= 0:
@@ -51,9 +54,9 @@ def _delayed(
             evicts = evicts & ~is_spared(spared, n_spared, slot, tl.load(position + at), sinks, evicts, WORDS)
             tl.store(expiry + at, start + delay, mask=evicts)
     i = tl.program_id(2) * TILE + tl.arange(0, TILE)
-    after = begin.to(tl.int64) + i + 1
-    says = tl.load(features + after * stride + unit, mask=i + 1 < count, other=0.0).to(tl.float32)
-    evicts = (i + 1 < count) & (says > threshold)
+    by = i if OWN else i + 1  # the token of the row that decides
+    says = tl.load(features + (begin.to(tl.int64) + by) * stride + unit, mask=by < count, other=0.0).to(tl.float32)
+    evicts = (by < count) & (says > threshold)
     evicts = evicts & ~is_spared(spared, n_spared, slot, start + i, sinks, evicts, WORDS)
     tl.store(chunk + unit * total + begin + i, tl.where(evicts, start + i + 1 + delay, NEVER), mask=i < count)
 
@@ -80,6 +83,7 @@ def _at_write(
 
 def delayed(
     lanes: Lanes, rows: Rows, layer: int, features: torch.Tensor, chunk: torch.Tensor, sinks: int, most_tokens: int,
+    own: bool = False,
 ) -> None:  # fmt: skip
     """DMS's decisions of a step: a logit above the request's ``shift`` evicts, after its ``delay``.
 
@@ -89,13 +93,14 @@ def delayed(
         chunk: int32 [E, T], filled for tokens of rows.
         sinks: protected keys.
         most_tokens: the most tokens a row has.
+        own: tokens decide about their own keys.
     """
     s = lanes.sizes
     if rows.count:
         _delayed[(rows.count, s.units, triton.cdiv(most_tokens, TILE))](
             lanes.table, lanes.length, lanes.position, lanes.expiry, rows.slot, rows.first, rows.start, features, chunk,
             lanes.shift, lanes.delay, lanes.spared, lanes.n_spared, sinks, layer, features.stride(0), s.lanes, s.width,
-            chunk.shape[1], PER_LAYER=s.per_layer, N=s.page_tokens, TILE=TILE, NEVER=NEVER, WORDS=s.words,
+            chunk.shape[1], PER_LAYER=s.per_layer, N=s.page_tokens, TILE=TILE, NEVER=NEVER, WORDS=s.words, OWN=own,
         )  # fmt: skip
 
 
@@ -121,7 +126,7 @@ def mix_naive(x: int) -> int:
 
 
 def delayed_naive(
-    lanes: Lanes, rows: Rows, layer: int, features: torch.Tensor, chunk: torch.Tensor, sinks: int
+    lanes: Lanes, rows: Rows, layer: int, features: torch.Tensor, chunk: torch.Tensor, sinks: int, own: bool = False
 ) -> None:
     """``delayed``, token by token."""
     s = lanes.sizes
@@ -133,12 +138,13 @@ def delayed_naive(
         for unit in range(s.units):
             lane = layer * s.per_layer + unit
             newest = int(lanes.length[slot, lane]) - 1
-            if newest >= 0 and float(features[begin, unit]) > threshold:
+            if not own and newest >= 0 and float(features[begin, unit]) > threshold:
                 at = (int(lanes.table[slot, lane, newest // s.page_tokens]), newest % s.page_tokens)
                 if not spared_naive(lanes, slot, int(lanes.position[at]), sinks):
                     lanes.expiry[at] = start + delay
             for i in range(end - begin):
-                says = i + 1 < end - begin and float(features[begin + i + 1, unit]) > threshold
+                by = i if own else i + 1
+                says = by < end - begin and float(features[begin + by, unit]) > threshold
                 says = says and not spared_naive(lanes, slot, start + i, sinks)
                 chunk[unit, begin + i] = start + i + 1 + delay if says else NEVER
 

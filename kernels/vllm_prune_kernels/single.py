@@ -20,8 +20,9 @@ from .rows import Rows
 from .settle import pair_up
 from .spared import is_spared
 
-OPEN, QUERY, DELAYED, WRITE = 0, 1, 2, 3
-"""How a key's expiry becomes known: never; by a later query (DCP); from the next token (DMS); when written (window, random)."""
+OPEN, QUERY, DELAYED, WRITE, OWN = 0, 1, 2, 3, 4
+"""How a key's expiry becomes known: never; by a later query (DCP); from the next token (DMS); when written, by its position
+(window, random) or by its own token (DMS about own keys)."""
 KEYS = 128
 LISTED = 64
 """Deaths of a unit in one step that are listed; past that the lane is searched."""
@@ -112,7 +113,7 @@ def _single(
     if KIND == 1:
         q = tl.load(features + token * feature_stride + unit * R + x, mask=x < R, other=0.0).to(tl.float32)
         bias = tl.load(constants + unit) + tl.load(shift + slot)
-    if KIND == 2:
+    if (KIND == 2) | (KIND == 4):
         says = tl.load(features + token * feature_stride + unit).to(tl.float32)
         threshold, delay = tl.load(shift + slot), tl.load(delays + slot)
     for tile in range(split, (old + KEYS - 1) // KEYS, SPLITS):
@@ -202,6 +203,10 @@ def _single(
                 _mix(_mix(start.to(tl.uint32)) ^ salt).to(tl.int64) < limit
             )
             dies = tl.where(lives, NEVER, start + 1 + tl.load(delays + slot))
+        if KIND == 4:
+            marked = says > threshold
+            marked = marked & ~is_spared(spared, n_spared, slot, start, sinks, marked, WORDS)
+            dies = tl.where(marked, start + 1 + delay, NEVER)
         at = tl.load(table + lane * W + left // N).to(tl.int64) * N + left % N
         tl.store(position + at, start)
         tl.store(expiry + at, dies)
@@ -228,7 +233,7 @@ def single(
     s = lanes.sizes
     if rows.count == 0:
         return
-    if (rule.kind in (QUERY, DELAYED) or s.gate_rank) and (features is None or features.stride(-1) != 1):
+    if (rule.kind in (QUERY, DELAYED, OWN) or s.gate_rank) and (features is None or features.stride(-1) != 1):
         raise ValueError("features are needed, with dense rows")
     gate = key if features is None else features
     gates, rank = gate_view(s, kv, gate.dtype)

@@ -30,7 +30,7 @@ CASES = [
     *(f"{method},v2,graphs" for method in METHODS), "dcp,v2,eager", "dcp,v1,graphs", "dcp,v1,eager", "dms,v1,graphs",
     "open,v2,graphs", "dcp_generic,v2,graphs", "dcp_prefix,v2,graphs", "dms_prefix,v1,eager",
     "dcp_fp8,v2,graphs", "dms_fp8,v1,eager", "dms_fp8_prefix,v2,graphs",
-    "acc,v1,eager", "acc_fp8_prefix,v2,graphs",
+    "acc,v1,eager", "acc_fp8_prefix,v2,graphs", "nvidia,v2,graphs", "fastdms,v2,graphs", "modelopt,v1,graphs",
 ]  # fmt: skip
 
 
@@ -58,17 +58,20 @@ def run(case: str, null: bool) -> None:
 
     torch.set_num_threads(1)
     sys.path.insert(0, str(Path(__file__).parents[1]))
+    from public_checkpoints import SAVED
     from support import engine, generate, pool_is_whole, preempted, prompts, save_gated, scheduler_of, tiny_config
     from vllm import SamplingParams
 
     method, prefixes = method.removesuffix("_prefix"), method.endswith("_prefix")
     method, narrow = method.removesuffix("_fp8"), method.endswith("_fp8")
     name = {"open": "random", "dcp_generic": "dcp"}.get(method, method)
-    params = METHODS[name]
     with tempfile.TemporaryDirectory() as folder:
-        config = tiny_config("llama" if method == "dms" else "qwen3", layers=2, group=4 if method == "dms" else 3)
-        model = save_gated(Path(folder), config, name.removesuffix("_kv_head"), torch.bfloat16,
-                           generic=method == "dcp_generic", **params)  # fmt: skip
+        if name in SAVED:  # public checkpoints
+            model = SAVED[name](Path(folder), torch.bfloat16)
+        else:
+            config = tiny_config("llama" if method == "dms" else "qwen3", layers=2, group=4 if method == "dms" else 3)
+            model = save_gated(Path(folder), config, name.removesuffix("_kv_head"), torch.bfloat16,
+                               generic=method == "dcp_generic", **METHODS[name])  # fmt: skip
         if null:
             make_up_reports()
         options: dict[str, Any] = {"enable_prefix_caching": prefixes, "kv_cache_dtype": "fp8" if narrow else "auto"}

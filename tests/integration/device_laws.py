@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from public_checkpoints import SAVED
 from support import (
     FULL,
     engine,
@@ -82,9 +83,26 @@ def test_law_2(tmp_path, name):
             sparing = [greedy({"prune.protect": SPARED}, 4), greedy(tokens=4)]
             batch = prompts([85, 60], seed=3)
             check_spared(llm, model, llm.generate(batch, sparing, use_tqdm=False), [POSITIONS, frozenset()])
-            check_spared(llm, model, llm.generate(batch[1:], sparing[1], use_tqdm=False), [frozenset()])  # in a used slot
+            check_spared(
+                llm, model, llm.generate(batch[1:], sparing[1], use_tqdm=False), [frozenset()]
+            )  # in a used slot
         check(model, llm, preempted(llm, prompts([40, 9], seed=5), tokens=5, after=(3, 6)))
         generate(llm, prompts([3]), tokens=2)  # the ended are buried by a step
+        assert pool_is_whole(llm)
+
+
+@pytest.mark.parametrize("name", SAVED if FULL or torch.cuda.is_available() else ["nvidia", "fastdms"])
+def test_public_dms(tmp_path, name):
+    """Published formats: gates that read queries before RoPE or the stream, and decide about the key before or their own."""
+    model = SAVED[name](tmp_path)
+    with engine(model, long_prefill_token_threshold=24, **RECORD, **SMALL) as llm:
+        assert isinstance(state_of(llm), DeviceState)
+        check(model, llm, generate(llm, prompts([1, 70], seed=4), tokens=5))
+        strengths = (None, 0.0, 0.5)
+        mixed = llm.generate(prompts([40, 50, 45], seed=6), [greedy(asking(x), 4) for x in strengths], use_tqdm=False)
+        assert check_strengths(model, llm, mixed, strengths)[1] == 0.0
+        check(model, llm, preempted(llm, prompts([40, 9], seed=5), tokens=5, after=(3, 6)))
+        generate(llm, prompts([3]), tokens=2)
         assert pool_is_whole(llm)
 
 

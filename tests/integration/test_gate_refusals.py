@@ -25,8 +25,8 @@ def ours(**options: Any) -> dict[str, Any]:
     return {"additional_config": {"vllm_prune": options}}
 
 
-def dms(form: str, about: str = "previous", generic: bool = False) -> Build:
-    return lambda folder: save_gated(folder, tiny_config("qwen3"), "dms", generic=generic, form=form, about=about)
+def dms(form: str, generic: bool = False, **params: Any) -> Build:
+    return lambda folder: save_gated(folder, tiny_config("qwen3"), "dms", generic=generic, form=form, **params)
 
 
 def generic(method: str) -> Build:
@@ -41,10 +41,9 @@ CASES: dict[str, dict[str, tuple[Build, dict[str, Any], str]]] = {
     "method-on-ranks": {
         "acc": (of_method("acc", {}), TWO_RANKS, "acc decides from what all heads do, and a rank of 2")
     },
-    "dms-form-on-ranks": {
-        "stream": (dms("stream"), TWO_RANKS, "gates of form stream are not cut"),
-        "query": (SAVED["nvidia"], TWO_RANKS, "gates of form query are not cut"),
-        "query_kept": (SAVED["fastdms"], TWO_RANKS, "gates of form query_kept are not cut"),
+    "dms-per-layer-on-ranks": {
+        "separate": (dms("separate", per="layer"), TWO_RANKS, "the first KV head decides"),
+        "stream": (SAVED["modelopt_layer"], TWO_RANKS, "the first KV head decides"),
     },
     "generic-class-skips": {"shadow_token": (generic("shadow_token"), {}, "shadow_token skips part")},
     "generic-class-reads": {"stream": (dms("stream", generic=True), {}, "that read the stream")},
@@ -70,12 +69,9 @@ CASES: dict[str, dict[str, tuple[Build, dict[str, Any], str]]] = {
 # Likewise on a GPU.
 ON_A_GPU: dict[str, dict[str, tuple[Build, dict[str, Any], str]]] = {
     "method-on-gpu": {
-        method: (of_method(method, params), {}, f"{method} is served on CPU") for method, params in ON_ONE_RANK.items()
-    },
-    "dms-form-on-gpu": {
-        "query": (SAVED["nvidia"], {}, "gates of form query, about previous,"),
-        "query_kept": (SAVED["fastdms"], {}, "gates of form query_kept, about own,"),
-        "own": (dms("separate", "own"), {}, "gates of form separate, about own,"),
+        method: (of_method(method, params), {}, f"{method} is served on CPU")
+        for method, params in ON_ONE_RANK.items()
+        if method not in ("ltp", "acc")
     },
     "borrowed-at-strength-0": {"borrowed": (dms("borrowed"), ours(strength=0.0), "attend to the number of each query")},
     "maps-on-gpu": {"dcp": (DCP, ours(maps=True), "a GPU's reports")},
@@ -118,9 +114,14 @@ def test_refused_on_a_gpu(name: str, build: Build, options: dict[str, Any], said
     check(str(caught.value), name, said)
 
 
-def test_what_is_served_on_a_gpu_is_not_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "build",
+    [DCP, LTP, of_method("acc", {}), SAVED["nvidia"], SAVED["fastdms"], dms("stream"), dms("separate", about="own")],
+    ids=["dcp", "ltp", "acc", "nvidia", "fastdms", "stream", "own"],
+)
+def test_what_is_served_on_a_gpu_is_not_refused(build: Build, tmp_path: Path) -> None:
     """The control of the changed device."""
-    real = configure(DCP(tmp_path))
+    real = configure(build(tmp_path))
     real.kv_transfer_config = None
     gpu = SimpleNamespace(**{**vars(real), "device_config": SimpleNamespace(device_type="cuda")})
     GatedModelConfig.verify_and_update_config(gpu)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from public_checkpoints import SAVED
 from safetensors.torch import load_file, save_file
 from support import (
     FULL,
@@ -41,6 +42,8 @@ GATES: dict[str, dict[str, Any]] = {
     "dcp_kv_head": {"beta": 2.0, "scope": "kv_head"},
     # Gates of whole layers are served on two ranks in test_parallel_serve.py too; dms decides by head, as dcp_kv_head.
     **({"dcp": {"beta": 3.6}, "dms": {"delay": 8}} if FULL else {}),
+    # Public DMS checkpoints: a rank's gates are its heads' queries, or tensors cut to its heads.
+    **{name: {} for name in (["nvidia", "modelopt", "fastdms"] if FULL else ["nvidia"])},
 }
 KEYS = ("tokens", "keys_held", "keys_dropped", "kept_fraction", "kept_fraction_least_layer", "kept_pairs")
 """Of what rides on a response, what does not hang on how lanes are packed into blocks."""
@@ -63,6 +66,8 @@ def name(request) -> str:
 @pytest.fixture(scope="module")
 def model(name, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp(name)
+    if name in SAVED:
+        return SAVED[name](folder)
     heads = 4 if name == "dcp_kv_head" else 2
     method = name.removesuffix("_kv_head")
     save_gated(

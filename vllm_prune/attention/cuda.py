@@ -19,7 +19,7 @@ from vllm_prune_kernels.prefill import prefill
 from vllm_prune_kernels.received import received
 from vllm_prune_kernels.rows import Rows, find_rows, parts_of, segments_of
 from vllm_prune_kernels.settle import settle
-from vllm_prune_kernels.single import DELAYED, OPEN, QUERY, WRITE, Decision, single
+from vllm_prune_kernels.single import DELAYED, OPEN, OWN, QUERY, WRITE, Decision, single
 
 from vllm_prune.attention.impl import GatedImpl
 from vllm_prune.attention.serving import DelayRule, QueryRule, WriteRule
@@ -71,7 +71,7 @@ class PruneCUDAImpl(GatedImpl):
             biases = torch.from_numpy(rule.biases).to(state.device)
             self._decision = Decision(QUERY, biases, rule.scale, served.sinks, served.window)
         elif isinstance(rule, DelayRule):
-            self._decision = Decision(DELAYED, nothing, sinks=served.sinks)
+            self._decision = Decision(OWN if rule.own else DELAYED, nothing, sinks=served.sinks)
         elif isinstance(rule, WriteRule):
             salts = torch.from_numpy(rule.salts.astype("int64")).to(state.device)
             self._decision = Decision(WRITE, salts, sinks=served.sinks)
@@ -164,8 +164,8 @@ class PruneCUDAImpl(GatedImpl):
             assert features is not None
             crossing(lanes, state.store.kv, rows, self.index, features, state.chunk, rule.scale, rule.constants, rule.sinks,
                      rule.window, self._splits(rows), most)  # fmt: skip
-        elif rule.kind == DELAYED:
+        elif rule.kind in (DELAYED, OWN):
             assert features is not None
-            delayed(lanes, rows, self.index, features, state.chunk, rule.sinks, most)
+            delayed(lanes, rows, self.index, features, state.chunk, rule.sinks, most, rule.kind == OWN)
         elif rule.kind == WRITE:
             at_write(lanes, rows, state.chunk, rule.constants, rule.sinks, most)

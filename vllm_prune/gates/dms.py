@@ -112,6 +112,8 @@ class DMSGate(Gate):
         return self.shape.num_kv_heads
 
     def keep_heads(self, heads: slice) -> None:
+        if self.reads is Reads.QUERY:  # a rank's queries are those of its heads
+            return
         self.gate.weight = nn.Parameter(self.gate.weight.detach()[heads].clone())
         if self.gate.bias is not None:
             self.gate.bias = nn.Parameter(self.gate.bias.detach()[heads].clone())

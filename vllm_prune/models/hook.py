@@ -218,19 +218,16 @@ def check_requests(vllm_config: VllmConfig, section: DropGateConfig, whole_promp
 
 
 def check_reads(vllm_config: VllmConfig, section: DropGateConfig) -> None:
-    """Refuse DMS gates that read something else than the layer's normed input, or decide about their own keys, where they
-    cannot be served.
+    """Refuse DMS gates that read something else than the layer's normed input, or of which one head decides for all, where
+    they cannot be served.
 
     Raises:
-        PruneError: on a GPU, on several ranks, or with the generic class.
+        PruneError: on several ranks, or with the generic class; on a GPU with open gates that borrow from queries.
     """
     with torch.device("meta"):
         gate = section.build_gate()
-    plain = gate.reads is Reads.INPUT and not getattr(gate, "own", False)
-    if not plain and vllm_config.parallel_config.tensor_parallel_size > 1:
-        raise refused("dms-form-on-ranks", form=section.params.get("form"))
-    if not plain and vllm_config.device_config.device_type != "cpu":
-        raise refused("dms-form-on-gpu", form=section.params.get("form"), about=section.params.get("about"))
+    if getattr(gate, "per", "head") == "layer" and vllm_config.parallel_config.tensor_parallel_size > 1:
+        raise refused("dms-per-layer-on-ranks")
     if gate.borrows and section.strength == 0.0 and vllm_config.device_config.device_type == "cuda":
         raise refused("borrowed-at-strength-0")
     if gate.reads is not Reads.INPUT and GENERIC_ARCHITECTURE in (

@@ -17,7 +17,7 @@ from vllm_prune_kernels.plan import page_tokens_of, plan, plan_naive
 from vllm_prune_kernels.rows import Rows, find_rows, rows_naive
 from vllm_prune_kernels.settle import settle, settle_naive, token_rows
 from vllm_prune_kernels.share import share, share_naive
-from vllm_prune_kernels.single import DELAYED, QUERY, WRITE, Decision, Meeting, single
+from vllm_prune_kernels.single import DELAYED, OWN, QUERY, WRITE, Decision, Meeting, single
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -99,7 +99,7 @@ class Pool:
     def set_knobs(self) -> None:
         """Each slot decides in its own way; gates of the last are open."""
         slots = torch.arange(self.sizes.slots)
-        base = {"dcp": 0.0, "dms": 0.4}.get(self.method, 0.0)
+        base = {"dcp": 0.0, "dms": 0.4, "dms_own": 0.4}.get(self.method, 0.0)
         shift = base - 0.125 * slots
         shift[-1] = float("inf")
         limit = (slots + 1) * 2**30
@@ -134,6 +134,7 @@ class Pool:
             decision = {
                 "dcp": Decision(QUERY, constants, 0.25, sinks=2, window=3),
                 "dms": Decision(DELAYED, constants, sinks=1),
+                "dms_own": Decision(OWN, constants, sinks=1),
             }.get(self.method, Decision(WRITE, constants, sinks=1))
             single(self.lanes, self.kv, rows, layer, decision, key, value, features, self.meeting, 3, *self.scales)
             self.singles += 1
@@ -141,9 +142,9 @@ class Pool:
         if self.method == "dcp":
             args = (self.lanes, self.kv, rows, layer, features, chunk, 0.25, rule["biases"].to(self.device), 2, 3)
             crossing(*args, splits=3, most_tokens=most) if self.fast else crossing_naive(*args)
-        elif self.method == "dms":
-            args = (self.lanes, rows, layer, features, chunk, 1)
-            delayed(*args, most) if self.fast else delayed_naive(*args)
+        elif self.method in ("dms", "dms_own"):
+            args, own = (self.lanes, rows, layer, features, chunk, 1), self.method == "dms_own"
+            delayed(*args, most, own) if self.fast else delayed_naive(*args, own)
         else:
             args = (self.lanes, rows, chunk, rule["salts"].to(self.device), 1)
             at_write(*args, most) if self.fast else at_write_naive(*args)
@@ -247,7 +248,7 @@ def random_inputs(
     s: Sizes, total: int, method: str, g: torch.Generator, dtype: torch.dtype, cells: int = 1
 ) -> dict[str, Any]:
     """Keys, values and features of a step's tokens. ``cells``: numbers of the cache that one of ``dtype`` takes."""
-    wide = {"dcp": 2 * s.units * s.gate_rank // cells, "dms": s.units}.get(method, 1)
+    wide = {"dcp": 2 * s.units * s.gate_rank // cells, "dms": s.units, "dms_own": s.units}.get(method, 1)
     return {
         "key": torch.randn(total, s.heads, s.head_size, generator=g).to(dtype),
         "value": torch.randn(total, s.heads, s.head_size, generator=g).to(dtype),

@@ -17,6 +17,7 @@ SHAPES = {
     "dcp": ("dcp", {"gate_rank": 8}),
     "dcp-heads": ("dcp", {"gate_rank": 16, "units": 2}),
     "dms": ("dms", {"units": 2}),
+    "dms-own": ("dms_own", {"units": 2}),
     "random": ("random", {"units": 2, "heads": 2, "layers": 1}),
     "window": ("random", {"heads": 3, "head_size": 24}),
 }
@@ -26,7 +27,7 @@ FULL = os.environ.get("VLLM_PRUNE_FULL") == "1" or torch.cuda.is_available()
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [
-    *((shape, torch.float32) for shape in (SHAPES if FULL else ["dcp", "dms", "window"])),
+    *((shape, torch.float32) for shape in (SHAPES if FULL else ["dcp", "dms", "dms-own", "window"])),
     *((shape, torch.bfloat16) for shape in (SHAPES if FULL else ["dcp-heads"])),
     *((shape, FP8) for shape in (SHAPES if FULL else ["dcp", "dms"])),
 ])  # fmt: skip
