@@ -8,7 +8,8 @@ still held after all were served, in a pool in which stock vLLM can hold many of
 for a few, where the dense room that a prompt takes while it is computed is a large part. ``turns``: conversations that each come
 back with their whole history and some more; the pool has room for a part of them, so that somebody's history is lost between
 turns. ``shared``: many with one system prompt that is new, in ample room; all at once, and one after another
-(``shared_one_by_one``). ``spaced`` is the plugin with snapshots at chunk borders (``snapshot_spacing``).
+(``shared_one_by_one``), then as chats whose system message that prompt is (``chats_one_by_one``). ``spaced`` is the plugin with
+snapshots at chunk borders (``snapshot_spacing``).
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from common import Engine, Shape, arguments, frame, publish, say, spread, tempor
 
 RANK = 16
 KEEP = 0.2
+START, END, ROLES = 0, 1, {"system": 3, "user": 4, "assistant": 5}
+"""Token ids of the chat template. Prompts are drawn from those above."""
 SHAPE = Shape(hidden=512, layers=4, heads=16, kv_heads=4, head_dim=64, mlp=1024, vocab=4096)
 
 
@@ -39,7 +42,24 @@ def ask(engine: Engine, prompts: list[list[int]], new_tokens: int, tag: str) -> 
 
 
 def drawn(rng: random.Random, tokens: int) -> list[int]:
-    return [rng.randrange(3, SHAPE.vocab) for _ in range(tokens)]
+    return [rng.randrange(8, SHAPE.vocab) for _ in range(tokens)]
+
+
+def save_tokenizer(folder: Any) -> None:
+    """A tokenizer of words, w8 and up, with a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<|start|>", "<|end|>", "<|pad|>", *ROLES, *(f"w{i}" for i in range(6, SHAPE.vocab))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w6"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
+    fast.add_special_tokens({"additional_special_tokens": ["<|start|>"]})
+    fast.chat_template = (
+        "{% for m in messages %}<|start|> {{ m['role'] }} {{ m['content'] }} <|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start|> assistant{% endif %}"
+    )
+    fast.save_pretrained(folder)
 
 
 def first_token(engines: dict[str, Engine], length: int, rounds: int) -> dict[str, Any]:
@@ -114,16 +134,35 @@ def shared(people: int, length: int, said: int, rounds: int, at_once: bool) -> I
         yield from [prompts] if at_once else [[prompt] for prompt in prompts]
 
 
+def chats(people: int, length: int, said: int, rounds: int) -> Iterator[list[list[int]]]:
+    """As ``shared`` one by one, with what the template puts around a system message and a user's."""
+    rng = random.Random(6)
+    for _ in range(rounds):
+        system = [START, ROLES["system"], *drawn(rng, length - 3), END]
+        for _ in range(people):
+            yield [[*system, START, ROLES["user"], *drawn(rng, said - 5), END, START, ROLES["assistant"]]]
+
+
+def ours(**of_the_plugin: Any) -> dict[str, Any]:
+    return {"additional_config": {"vllm_prune": of_the_plugin}}
+
+
 def some(folders: Any, blocks: int, longest: int, budget: int, spaced: bool = False) -> dict[str, Engine]:
     """Engines of equal pools. ``spaced``: also one that holds prompts at the borders of its chunks."""
-    options = {"max_model_len": longest, "max_num_seqs": 32, "max_num_batched_tokens": budget}
+    options = {
+        "max_model_len": longest,
+        "max_num_seqs": 32,
+        "max_num_batched_tokens": budget,
+        "skip_tokenizer_init": False,
+    }
+    unprotected = {"protect": "none"}  # system messages are made to lose as many keys as the rest
     found = {
         "stock": Engine(folders[0], SHAPE, blocks, enable_prefix_caching=True, **options),
-        "plugin": Engine(folders[1], SHAPE, blocks, enable_prefix_caching=True, **options),
-        "plugin_without": Engine(folders[1], SHAPE, blocks, **options),
+        "plugin": Engine(folders[1], SHAPE, blocks, enable_prefix_caching=True, **options, **ours(**unprotected)),
+        "plugin_without": Engine(folders[1], SHAPE, blocks, **options, **ours(**unprotected)),
     }
     if spaced:
-        held = {"additional_config": {"vllm_prune": {"snapshot_spacing": budget}}}
+        held = ours(snapshot_spacing=budget, **unprotected)
         found["plugin_spaced"] = Engine(folders[1], SHAPE, blocks, enable_prefix_caching=True, **options, **held)
     return found
 
@@ -137,6 +176,8 @@ def main() -> None:
     blocks, scarce = 3 * length // 32 + 32, people * grown // 2 // 32 + 1
     result: dict[str, Any] = {"benchmark": "prefix"}
     with temporary_models(SHAPE, KEEP, RANK) as folders:
+        for folder in folders:
+            save_tokenizer(folder)
         engines = some(folders, blocks, length + 64, 512)
         result["first_token"] = first_token(engines, length, 3 if args.quick else 36)
         say(result["first_token"])
@@ -153,6 +194,10 @@ def main() -> None:
                 for name, engine in engines.items()
             }
             say(result[load])
+        result["chats_one_by_one"] = {"people": people, "rounds": 3, "system_prompt": length} | {
+            name: served(engine, chats(people, length, 64, 3), 32, "c") for name, engine in engines.items()
+        }
+        say(result["chats_one_by_one"])
         for engine in engines.values():
             engine.close()
         engines = some(folders, scarce, grown + 128, 512)
@@ -166,7 +211,7 @@ def main() -> None:
     over = {
         f"{load}_{name}_over_stock".replace("_plugin", ""): result[load][name]["tokens_per_second"]
         / result[load]["stock"]["tokens_per_second"]
-        for load in ("turns", "shared", "shared_one_by_one")
+        for load in ("turns", "shared", "shared_one_by_one", "chats_one_by_one")
         for name in result[load]
         if name.startswith("plugin")
     }

@@ -48,6 +48,15 @@ class Markers:
             starts += [(role, i) for role, length in self._headers_at(ids, i) if i + length < end][:1]
         return [(role, (begin, after)) for (role, begin), (_, after) in pairwise([*starts, ("", end)])]
 
+    def system_end(self, ids: Sequence[int]) -> int:
+        """Where a chat's first message ends, if it is the system's and others follow; else 0."""
+        roles: list[str] = []
+        for i in range(len(ids)):
+            roles += [role for role, _ in self._headers_at(ids, i)][:1]
+            if len(roles) == 2:
+                return i if roles[0] == "system" else 0
+        return 0
+
     def marks(self, ids: Sequence[int]) -> list[Span]:
         """Spans of headers and of single special tokens in a prompt."""
         found, i = [], 0

@@ -157,7 +157,8 @@ class PruneConnector(KVConnectorBase_V1, SupportsHMA):
                 self._section, self._manager.kv_cache_spec.eviction_units
             )
         if self._snapshots is not None:
-            self._partings.arrives(request)
+            ids, markers = request.prompt_token_ids, self._markers
+            self._partings.arrives(request, 0 if markers is None or ids is None else markers.system_end(ids))
         if gates.strength != self._section.strength and not self._dense:
             self._manager.expected_keep[request.request_id] = gates.expected_keep
 

@@ -5,6 +5,7 @@ float32 models, as in ``test_law2_drop_sets``. Cold runs are on the same engine,
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ from test_law2_drop_sets import METHODS, visible_drops
 from vllm import SamplingParams
 
 from vllm_prune.gates import GATES, by_token
+
+REFERENCE = Path(__file__).parents[2] / "examples" / "reference-dcp"
 
 HELD = ("dcp", "dcp_kv_head", "dms", "acc", "ftp", *(("window", "random", "ltp", "shadow_token") if FULL else ()))
 """Methods with which prefixes are held; the last four decide at write and at boundaries, like others, or drop nothing."""
@@ -190,6 +193,23 @@ def test_many_at_once(gated):
             assert [output.num_cached_tokens for output in hot] == [0] + [4 * N] * 4
             same(llm, hot, ask(llm, batch, cold=True))
         all_ended(llm)
+
+
+def test_a_chats_system_message():
+    """The second who comes with one finds it, as it was left by the first."""
+    first, second = (
+        [{"role": "system", "content": "Keep the word cobalt in mind. " * 12}, {"role": "user", "content": said}]
+        for said in ("x = 1\n" * 40, "def f(): pass\n" * 20)
+    )
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, detokenize=False)
+    with engine(REFERENCE, skip_tokenizer_init=False, max_model_len=1024, enable_prefix_caching=True) as llm:
+        found = [llm.chat([chat], params, use_tqdm=False)[0] for chat in (first, second, first)]
+        ids = [output.prompt_token_ids for output in found]
+        parted = next(i for i, (a, b) in enumerate(zip(ids[0], ids[1], strict=False)) if a != b)
+        system = llm.get_tokenizer().apply_chat_template(first[:1], tokenize=True, return_dict=False)
+        assert N < len(system) <= parted
+        assert [output.num_cached_tokens for output in found] == [0, len(system) // N * N, (len(ids[0]) - 1) // N * N]
+        assert token_ids([found[0]]) == token_ids([found[2]])
 
 
 def test_pages_of_settled_keys_are_shared(gated):

@@ -53,6 +53,21 @@ def rendered(fast: Any, chat: list[Any], ask: bool = True) -> list[int]:
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama3"])
+def test_where_the_system_message_ends(name):
+    """That begins a chat; not in a chat without one, nor where nothing follows it, nor in a text."""
+    fast = tokenizer(TEMPLATES[name])
+    markers = find_markers(fast)
+    assert markers is not None
+    ids = rendered(fast, CHAT)
+    (role, (_, end)), *_ = markers.messages(ids)
+    assert role == "system" and markers.system_end(ids) == end
+    assert ids[:end] == rendered(fast, CHAT[:1], ask=False)
+    assert markers.system_end(rendered(fast, CHAT[1:])) == 0
+    assert markers.system_end(rendered(fast, CHAT[:1], ask=False)) == 0
+    assert markers.system_end(fast("one word")["input_ids"]) == markers.system_end([]) == 0
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3"])
 def test_messages_are_found(name):
     fast = tokenizer(TEMPLATES[name])
     markers = find_markers(fast)

@@ -1,7 +1,8 @@
 """Where prompts should leave snapshots: where they end, where they part from each other, and at fixed distances. Engine core.
 
-A beginning that two prompts share will be asked for again. Prompts are compared as they arrive, not as they are admitted: of many
-that come at once the first learns where the others part from it before it gets there, and leaves a snapshot for all of them.
+A beginning that two prompts share will be asked for again, and so will a chat's system message, be it the first. Prompts are
+compared as they arrive, not as they are admitted: of many that come at once the first learns where the others part from it before
+it gets there, and leaves a snapshot for all of them.
 
 Owns: who came first with which beginning, and the places that each request has to leave. Does not own: snapshots.
 """
@@ -58,8 +59,12 @@ class Partings:
     def __len__(self) -> int:
         return len(self._ways)
 
-    def arrives(self, request: Any) -> None:
-        """A request is new: its prompt is compared with those of late. Its last token is computed in any case, for its logits."""
+    def arrives(self, request: Any, lead: int = 0) -> None:
+        """A request is new: its prompt is compared with those of late. Its last token is computed in any case, for its logits.
+
+        Args:
+            lead: its first tokens, with which others are likely to come: it leaves them unless somebody was to.
+        """
         n = self.block_tokens
         hashes = request.block_hashes[: (request.num_prompt_tokens - 1) // n]
         way = self._ways[request.request_id] = _Way(request.request_id)
@@ -71,7 +76,8 @@ class Partings:
                 if shared * n not in first.places:
                     insort(first.places, shared * n)
         spaced = range(self.spacing, len(hashes) * n, self.spacing) if self.spacing else ()
-        way.places = sorted({len(hashes) * n, shared * n, *spaced} - {0})
+        likely = min(lead // n, len(hashes))
+        way.places = sorted({len(hashes) * n, shared * n, likely * n if likely > shared else 0, *spaced} - {0})
         for blocks, one in enumerate(hashes, start=1):
             first = self._first.pop(one, way)
             self._first[one] = first if first.past < blocks * n else way

@@ -255,7 +255,7 @@ class GatedModelConfig(VerifyAndUpdateConfig):
         ranks = vllm_config.parallel_config.tensor_parallel_size
         served = ServedGate.of(section, ranks, device == "cuda")
         check_maps(device, ranks, server_options(vllm_config))
-        markers = markers_of(vllm_config) if may_protect(section) else None
+        markers = markers_of(vllm_config)
         protect = served_protect(vllm_config, section, markers)
         check_requests(vllm_config, section, served.whole_prompt, markers is not None)
         check_pressure(vllm_config, section, served)

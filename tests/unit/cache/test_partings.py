@@ -52,6 +52,24 @@ def test_one_after_another():
     assert not len(partings)
 
 
+def test_a_lead_is_left_once():
+    """By the first who comes with it, at the last whole block before its end; not where somebody has come with as much before."""
+    partings = Partings(N)
+
+    def led(letters: str, lead: int) -> list[int]:
+        request = prompt(letters)
+        partings.arrives(request, lead)
+        partings.starts(request.request_id, 0)
+        found = places(partings, request)
+        partings.ended(request.request_id)
+        return found
+
+    assert led("abba", 2 * N + 5) == [2 * N, 4 * N]
+    assert led("abcc", 2 * N + 5) == [2 * N, 4 * N], "where the two part"
+    assert led("abbb", 2 * N) == [3 * N, 4 * N]
+    assert led("c", N - 1) == [N] and led("dd", 99 * N) == [2 * N], "less than a block; more than all of it"
+
+
 def test_many_at_once():
     """The first learns where the others part from it while it is waiting, and on its way as long as it has not passed there."""
     partings = Partings(N)
