@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+LEAD = 16
+"""Tokens that a template may write before its first message."""
 TEXTS = {"system": "Alpha omega.", "user": "Beta lambda?", "assistant": "Gamma delta!"}
 """A text for each role that occurs in no template."""
 
@@ -50,11 +52,14 @@ class Markers:
 
     def system_end(self, ids: Sequence[int]) -> int:
         """Where a chat's first message ends, if it is the system's and others follow; else 0."""
-        roles: list[str] = []
-        for i in range(len(ids)):
-            roles += [role for role, _ in self._headers_at(ids, i)][:1]
-            if len(roles) == 2:
-                return i if roles[0] == "system" else 0
+        begun = False
+        for i, one in enumerate(ids):
+            found = self._headers_at(ids, i) if one in self.special else ()
+            if found and begun:
+                return i
+            begun = begun or bool(found)
+            if (found and found[0][0] != "system") or (not begun and i >= LEAD):
+                return 0
         return 0
 
     def marks(self, ids: Sequence[int]) -> list[Span]:

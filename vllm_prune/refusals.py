@@ -43,6 +43,12 @@ OF_SERVERS: tuple[GateRefusal, ...] = (
         "Leave --tensor-parallel-size at 1 and use more replicas.",
     ),
     GateRefusal(
+        "rotary-op-of-its-own",
+        "gates of form {form} read queries before they are rotated; a compiled model that rotates in place, by one op, may read "
+        "them after it.",
+        "Leave +rotary_embedding, all and enable_qk_norm_rope_fusion out of --compilation-config, or pass --enforce-eager.",
+    ),
+    GateRefusal(
         "borrowed-at-strength-0",
         "on a GPU stock vLLM's attention serves strength 0, and it would attend to the number of each query that these gates "
         "have taken.",

@@ -29,7 +29,7 @@ def _received(
     table, length, position, kv, masses, level, row_slot, first, row_start, query, weigh, scale, span, layer, layers, lanes, W,
     query_stride, query_head, PER_LAYER: tl.constexpr, H: tl.constexpr, N: tl.constexpr, NG: tl.constexpr, D: tl.constexpr,
     WIDE: tl.constexpr, PAGE: tl.constexpr, GATE_PAGE: tl.constexpr, G: tl.constexpr, KEEP: tl.constexpr, KEYS: tl.constexpr,
-    QUERIES: tl.constexpr, SPLITS: tl.constexpr, WIDEN: tl.constexpr,
+    QUERIES: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     slot = tl.load(row_slot + row).to(tl.int64)
@@ -45,7 +45,7 @@ def _received(
     tokens = tl.load(length + base)
     before = tokens - count
     d, o, r = tl.arange(0, WIDE), tl.arange(0, KEYS), tl.arange(0, QUERIES)
-    for tile in range(tl.program_id(1), (tokens + KEYS - 1) // KEYS, SPLITS):
+    for tile in range(tl.program_id(1), (tokens + KEYS - 1) // KEYS, tl.num_programs(1)):
         j = tile * KEYS + o
         ok = j < tokens
         at = tl.load(table + base * W + j // N, mask=ok, other=0).to(tl.int64) * N + j % N
@@ -104,13 +104,15 @@ def received(
     if s.units != 1 or query.stride(-1) != 1:
         raise ValueError("heads decide together, and the last dimension of query is dense")
     masses, _ = gate_view(s, kv, torch.float64)
-    group = query.shape[1] // s.heads
+    group, wide = query.shape[1] // s.heads, max(16, triton.next_power_of_2(s.head_size))
+    keys, most = (KEYS, 64) if wide * query.element_size() <= 256 else (KEYS // 2, 32)  # what fits beside each other
+    queries = max(16, min(most, triton.next_power_of_2(most_tokens * group)))
     _received[(rows.count, splits)](
         lanes.table, lanes.length, lanes.position, kv, masses, lanes.level, rows.slot, rows.first, rows.start, query, weigh,
         scale * k_scale * LOG2E, span, layer, s.layers, s.lanes, s.width, query.stride(0), query.stride(1),
         PER_LAYER=s.per_layer, H=s.heads, N=s.page_tokens, NG=s.gate_page_tokens, D=s.head_size,
-        WIDE=max(16, triton.next_power_of_2(s.head_size)), PAGE=s.page_numbers, GATE_PAGE=masses.shape[1], G=group, KEEP=keep,
-        KEYS=KEYS, QUERIES=max(16, min(64, triton.next_power_of_2(most_tokens * group))), SPLITS=splits, WIDEN=INTERPRETED,
+        WIDE=wide, PAGE=s.page_numbers, GATE_PAGE=masses.shape[1], G=group, KEEP=keep, KEYS=keys, QUERIES=queries,
+        WIDEN=INTERPRETED, num_stages=2,
     )  # fmt: skip
 
 

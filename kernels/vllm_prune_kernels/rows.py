@@ -73,42 +73,45 @@ def rows_naive(lanes: Lanes, rows: Rows, block_table: torch.Tensor, seq_lens: to
     rows.start.copy_(seq_lens - tokens)
 
 
-def parts_of(rows: Rows, cuts: torch.Tensor) -> list[Rows]:
+def parts_of(rows: Rows, cuts: torch.Tensor | None, grid: int = 0, most_tokens: int = 0) -> list[Rows]:
     """Rows cut at positions: the first parts of all rows, then their second parts, and so on; nothing is read back.
 
-    Each has the tokens of all parts, in 2 R + 1 rows: those between the parts that are its own have the slot -1.
+    Each has the tokens of all parts, in 2 R + 1 rows: those between the parts that are its own have the slot -1. A row's parts
+    end at its cuts, in order; a cut that is twice there ends an empty part too (``part_before``).
 
     Args:
-        cuts: int32 [S, C], ascending, by slot: where its row is cut, NEVER where it is not.
-    """
-    return _parts_at(rows, cuts[rows.slot.clamp_min(0).long()])
-
-
-def segments_of(rows: Rows, grid: int, most_tokens: int) -> list[Rows]:
-    """Rows cut at the multiples of ``grid``, as ``parts_of`` does it.
-
-    Args:
+        cuts: int32 [S, C], by slot: where its row is cut, NEVER where it is not; or None.
+        grid: rows are cut at its multiples too, unless it is 0.
         most_tokens: the most tokens that a row has.
     """
-    borders = max(0, most_tokens - 2) // grid + 1  # as many as can lie inside a row
-    later = torch.arange(1, borders + 1, dtype=torch.int32, device=rows.start.device)
-    return _parts_at(rows, (rows.start[:, None] // grid + later) * grid)
+    units, count, device = rows.settled.shape[1], rows.count, rows.start.device
+    found = [] if cuts is None else [cuts[rows.slot.clamp_min(0).long()]]
+    if grid:
+        borders = max(0, most_tokens - 2) // grid + 1  # as many as can lie inside a row
+        later = torch.arange(1, borders + 1, dtype=torch.int32, device=device)
+        found.append((rows.start[:, None] // grid + later) * grid)
+    at = torch.cat(found, dim=1).sort(dim=1).values if len(found) > 1 else found[0]
+    tokens = rows.first.diff()[:, None]
+    edges = torch.cat(
+        [torch.zeros_like(tokens), (at - rows.start[:, None]).clamp_min(0).minimum(tokens), tokens], dim=1
+    )
+    parts = edges.shape[1] - 1
+    # By part, and for each row twice: where its tokens before the part begin, and the part itself. A part's numbers begin at a
+    # multiple of 16 bytes: a kernel is compiled anew for pointers that do not.
+    count, wide = 2 * count + 1, -(2 * count + 2) // 4 * -4
+    first, slot, start = (torch.full((parts, wide), x, dtype=torch.int32, device=device) for x in (0, -1, 0))
+    ends = (rows.first[:-1, None] + edges).T
+    first[:, 0], first[:, count] = rows.first[0], rows.first[-1]
+    first[:, 1:count:2], first[:, 2:count:2] = ends[:-1], ends[1:]
+    slot[:, 1:count:2] = torch.where((edges.diff(dim=1) > 0).T, rows.slot, -1)
+    start[:, 1:count:2] = (rows.start[:, None] + edges[:, :-1]).T
+    settled = torch.zeros(parts, wide, units, 2, dtype=torch.int32, device=device)
+    return [
+        Rows(slot[part, :count], first[part, : count + 1], start[part, :count], settled[part, :count])
+        for part in range(parts)
+    ]
 
 
-def _parts_at(rows: Rows, cuts: torch.Tensor) -> list[Rows]:
-    """``parts_of`` with cuts int32 [R, C] by row."""
-    units, count = rows.settled.shape[1], rows.count
-    tokens = rows.first.diff()
-    at = (cuts - rows.start[:, None]).clamp_min(0).minimum(tokens[:, None])
-    edges = torch.cat([torch.zeros_like(tokens)[:, None], at, tokens[:, None]], dim=1)
-    found = []
-    for part in range(cuts.shape[1] + 1):
-        mine = rows.first[:-1, None] + edges[:, part : part + 2]
-        first = torch.cat([rows.first[:1], mine.reshape(-1), rows.first[-1:]])
-        slot = torch.full((2 * count + 1,), -1, dtype=torch.int32, device=first.device)
-        slot[1::2] = torch.where(edges[:, part] < edges[:, part + 1], rows.slot, -1)
-        start = torch.zeros_like(slot)
-        start[1::2] = rows.start + edges[:, part]
-        settled = torch.zeros(len(slot), units, 2, dtype=torch.int32, device=first.device)
-        found.append(Rows(slot, first, start, settled))
-    return found
+def part_before(cut: int, number: int, start: int, grid: int = 0) -> int:
+    """Which of a row's parts ends at its cut ``number``, at position ``cut``. start: of the row; grid: as for ``parts_of``."""
+    return number + ((cut - 1) // grid - start // grid if grid else 0)

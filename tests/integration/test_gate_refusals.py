@@ -45,6 +45,14 @@ CASES: dict[str, dict[str, tuple[Build, dict[str, Any], str]]] = {
         "separate": (dms("separate", per="layer"), TWO_RANKS, "the first KV head decides"),
         "stream": (SAVED["modelopt_layer"], TWO_RANKS, "the first KV head decides"),
     },
+    "rotary-op-of-its-own": {
+        what: (
+            SAVED["fastdms"],
+            {"enforce_eager": False, "compilation_config": {"custom_ops": [what]}},
+            "gates of form query_kept read queries before",
+        )
+        for what in ("+rotary_embedding", "all")
+    },
     "generic-class-skips": {"shadow_token": (generic("shadow_token"), {}, "shadow_token skips part")},
     "generic-class-reads": {"stream": (dms("stream", generic=True), {}, "that read the stream")},
     "whole-prompts": {

@@ -17,7 +17,7 @@ from vllm_prune_kernels.marks import at_write, delayed
 from vllm_prune_kernels.narrow import FP8
 from vllm_prune_kernels.prefill import prefill
 from vllm_prune_kernels.received import received
-from vllm_prune_kernels.rows import Rows, find_rows, parts_of, segments_of
+from vllm_prune_kernels.rows import Rows, find_rows, parts_of
 from vllm_prune_kernels.settle import settle
 from vllm_prune_kernels.single import DELAYED, OPEN, OWN, QUERY, WRITE, Decision, single
 
@@ -35,16 +35,10 @@ PROGRAMS = 264
 
 def parts_of_step(rows: Rows, cuts: Cuts | None, grid: int, most_tokens: int) -> list[tuple[Rows, torch.Tensor | None]]:
     """See ``DeviceAttentionMetadata.parts``. ``grid``: of boundaries; 0 where there are none."""
-    parts: list[tuple[Rows, torch.Tensor | None]] = [(rows, None)]
-    if cuts is not None:
-        parts = list(zip(parts_of(rows, cuts.at), [*cuts.copies, None], strict=True))
-    if not grid:
-        return parts
-    found: list[tuple[Rows, torch.Tensor | None]] = []
-    for part, copies in parts:
-        *others, last = segments_of(part, grid, most_tokens)
-        found += [*((segment, None) for segment in others), (last, copies)]
-    return found
+    if cuts is None and not grid:
+        return [(rows, None)]
+    parts = parts_of(rows, None if cuts is None else cuts.at, grid, most_tokens)
+    return [(part, None if cuts is None else cuts.copies.get(number)) for number, part in enumerate(parts)]
 
 
 class PruneCUDAImpl(GatedImpl):
@@ -110,8 +104,7 @@ class PruneCUDAImpl(GatedImpl):
         self.scales = (layer._k_scale_float, layer._v_scale_float) if kv.dtype == FP8 else (1.0, 1.0)
         if self.index == 0:
             find_rows(lanes, rows, m.block_table, m.seq_lens)
-            grid = 0 if self._boundaries is None else self._boundaries.grid
-            m.parts = [] if most == 1 else parts_of_step(rows, state.store.cuts, grid, most)
+            m.parts = [] if most == 1 else parts_of_step(rows, state.store.cuts, state.grid, most)
         if self._boundaries is not None:
             features, most = state.blank.expand(len(key), -1), min(most, self._boundaries.grid)
         if most == 1:

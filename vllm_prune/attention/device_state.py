@@ -7,6 +7,7 @@ the step's own keys, scratch. Letters: R rows, T tokens of a step, E eviction un
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -63,10 +64,8 @@ class DeviceState(StepState):
         super().__init__(vllm_config, spec, layer_names)
         # Graphs are captured for numbers of rows that may lie above the most requests.
         r = max([self.max_requests, *(vllm_config.compilation_config.cudagraph_capture_sizes or [])])
-        parts = self.max_requests
-        for cut in (self.prefixes, self.serving.mass):  # see ``parts_of``
-            parts = 2 * parts + 1 if cut else parts
-        r = max(r, parts)
+        if self.prefixes or self.serving.mass:
+            r = max(r, 2 * self.max_requests + 1)  # see ``parts_of``
         e, t = self.serving.num_units, self.chunk_tokens
         self.chunk = torch.full((e, t), NEVER, dtype=torch.int32, device=device)
         self.rank = torch.zeros(e, t, dtype=torch.int32, device=device)
@@ -75,7 +74,11 @@ class DeviceState(StepState):
         self.scratch_rows = Rows.make(r, e, torch.zeros(r + 1, dtype=torch.int32, device=device), device)
         first = self.layers[0].impl
         heads, group, size = first.num_kv_heads, first.group, first.head_size  # type: ignore[attr-defined]
-        shapes = [scratch_for(n, heads, group, size, splits_for(n, heads)) for n in range(1, r + 1)]
+        shapes = [
+            scratch_for(n, heads, group, size, splits_for(n, heads))
+            for n in range(1, r + 1)
+            if n == 1 or splits_for(n, heads) > 1  # else programs write results themselves
+        ]
         accumulators, sums = (max(torch.Size(shape[i]).numel() for shape in shapes) for i in (0, 1))
         self.accumulators = torch.empty(accumulators, dtype=torch.float32, device=device)
         self.sums = torch.empty(sums, dtype=torch.float32, device=device)
@@ -93,19 +96,22 @@ class DeviceState(StepState):
         self.store = DeviceStore(
             self.spec.geometry, slots, self.max_tokens, views[0].shape[0], self.serving.num_units,
             self.spec.max_grants(self.max_tokens), self.device,
-            self._knobs(), self.serving.undecided, self.record, self.ranks,
+            self._knobs(), self.serving.undecided, self.record, self.ranks, self.grid,
         )  # fmt: skip
         self.store.bind(views)
 
     def _knobs(self) -> Callable[[float], Knobs]:
         section = self.layers[0].section
         gates: list[Any] = [layer.drop_gate for layer in self.layers]
-        # Numbers of gates at boundaries are read from the device: once for each strength.
-        return (
-            lru_cache(64)(partial(levels_of, gates, section))
-            if self.serving.mass
-            else partial(knobs_of, gates[0], section)
-        )
+        if not self.serving.mass:
+            return partial(knobs_of, gates[0], section)
+        # Copies on the host: nothing waits for the device when a request comes with a new strength.
+        return lru_cache(64)(partial(levels_of, [deepcopy(gate).cpu() for gate in gates], section))
+
+    @property
+    def grid(self) -> int:
+        """Of gates at boundaries; 0 of others."""
+        return getattr(self.layers[0].drop_gate, "grid", 0) if self.serving.mass else 0
 
     def begin_step(self, meta: PruneMetadata) -> None:
         assert self.store is not None, "the KV cache is not bound yet"

@@ -19,6 +19,7 @@ from vllm_prune_kernels.grants import forget, grant
 from vllm_prune_kernels.lanes import AHEAD, NEVER, REPORT, Lanes, Sizes, send
 from vllm_prune_kernels.narrow import FP8
 from vllm_prune_kernels.plan import plan
+from vllm_prune_kernels.rows import part_before
 from vllm_prune_kernels.share import share, sort_lanes
 
 from vllm_prune.cache.geometry import LaneGeometry, cdiv
@@ -70,12 +71,12 @@ class Cuts:
 
     Attributes:
         at: int32 [S, C], positions by slot, ascending; NEVER where there is none.
-        copies: for each of C cuts, int32 [n, 3], slots from which and to which lanes are then copied, and the position below
-            which keys without expiry stay.
+        copies: by part (``parts_of``), int32 [n, 3], slots from which and to which lanes are copied after it, and the position
+            below which keys without expiry stay.
     """
 
     at: torch.Tensor
-    copies: list[torch.Tensor]
+    copies: dict[int, torch.Tensor]
 
 
 def sizes_of(geometry: LaneGeometry, max_requests: int, max_tokens: int, num_blocks: int, units: int) -> Sizes:
@@ -153,15 +154,16 @@ class DeviceStore:
         undecided: as for ``LaneStore``.
         record: keep the expiry of every key that is dropped (tests).
         ranks: whose heads these are.
+        grid: of gates at boundaries, at which rows are cut; else 0.
     """
 
     def __init__(
         self, geometry: LaneGeometry, max_requests: int, max_tokens: int, num_blocks: int, units: int, max_grants: int,
         device: torch.device, knobs: Callable[[float], Knobs], undecided: int | None = None, record: bool = False,
-        ranks: Ranks | None = None,
+        ranks: Ranks | None = None, grid: int = 0,
     ) -> None:  # fmt: skip
-        self.geometry, self.num_blocks, self.units, self.device, self.record = (
-            geometry, num_blocks, units, device, record,
+        self.geometry, self.num_blocks, self.units, self.device, self.record, self.grid = (
+            geometry, num_blocks, units, device, record, grid,
         )  # fmt: skip
         self.knobs, self.undecided = knobs, None if geometry.gate_rank else undecided
         self.ranks = ranks or Ranks()
@@ -246,13 +248,16 @@ class DeviceStore:
     def _cuts(self, grants: dict[str, StepGrant]) -> Cuts:
         most = max(len(given.snapshots) for given in grants.values())
         at = np.full((self.lanes.sizes.slots, most), NEVER, np.int32)
-        copies: list[list[tuple[int, ...]]] = [[] for _ in range(most)]
+        copies: dict[int, list[tuple[int, ...]]] = {}
         for req_id, given in grants.items():
             slot = self.slots[req_id].slot
             for number, order in enumerate(given.snapshots):
                 at[slot, number] = order.tokens
-                copies[number].append((slot, self.slots[order.name].slot, order.tokens - (self.undecided or 0)))
-        return Cuts(send(torch.from_numpy(at), self.device), self._send([(rows, 3) for rows in copies]))
+                part = part_before(order.tokens, number, given.covered - given.tokens, self.grid)
+                copy = (slot, self.slots[order.name].slot, order.tokens - (self.undecided or 0))
+                copies.setdefault(part, []).append(copy)
+        tables = self._send([(rows, 3) for rows in copies.values()])
+        return Cuts(send(torch.from_numpy(at), self.device), dict(zip(copies, tables, strict=True)))
 
     def _set_knobs(self, fresh: list[tuple[float, ...]]) -> None:
         """Slot, shift, limit, delay, n_spared, levels of requests that begin or go on at another strength: float64 holds all
@@ -314,7 +319,7 @@ class DeviceStore:
         (rows, most, grants), self._closing = self._closing, None
         assert self.kv is not None
         if self.cuts is not None and most == 1:  # rows of one token are not cut
-            for copies in self.cuts.copies:
+            for copies in self.cuts.copies.values():
                 self.leave(copies)
         self.cuts = None
         if self.ranks.several:

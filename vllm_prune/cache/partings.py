@@ -30,6 +30,7 @@ class _Way:
     Attributes:
         request_id: whose.
         places: ascending, in tokens: where it leaves snapshots.
+        guessed: of these, one that nobody else is known to want.
         past: tokens that it has been told to compute; endless once it has ended.
         behind: who will come by the place up to which this prompt is the same, and the place.
         waited: steps for the report of that.
@@ -37,6 +38,7 @@ class _Way:
 
     request_id: str
     places: list[int] = field(default_factory=list)
+    guessed: int = 0
     past: float = 0
     behind: tuple[_Way, int] | None = None
     waited: int = 0
@@ -73,11 +75,13 @@ class Partings:
             first = self._first[hashes[shared - 1]]
             if first.past < shared * n:
                 way.behind = first, shared * n
+                first.guessed = 0 if first.guessed == shared * n else first.guessed
                 if shared * n not in first.places:
                     insort(first.places, shared * n)
         spaced = range(self.spacing, len(hashes) * n, self.spacing) if self.spacing else ()
         likely = min(lead // n, len(hashes))
-        way.places = sorted({len(hashes) * n, shared * n, likely * n if likely > shared else 0, *spaced} - {0})
+        way.guessed = likely * n if shared < likely < len(hashes) else 0
+        way.places = sorted({len(hashes) * n, shared * n, way.guessed, *spaced} - {0})
         for blocks, one in enumerate(hashes, start=1):
             first = self._first.pop(one, way)
             self._first[one] = first if first.past < blocks * n else way
@@ -96,7 +100,7 @@ class Partings:
             return []
         due = [at for at in way.places if before < at <= covered]
         # There may be more than a step can be cut for: what is known to be shared first, and what is longer.
-        due.sort(key=lambda at: (self.spacing > 0 and at % self.spacing == 0, -at))
+        due.sort(key=lambda at: (at == way.guessed, self.spacing > 0 and at % self.spacing == 0, -at))
         return sorted(due[: MOST_PARTS - 1])
 
     def behind(self, request_id: str) -> tuple[str, int, bool] | None:

@@ -70,6 +70,31 @@ def test_a_lead_is_left_once():
     assert led("c", N - 1) == [N] and led("dd", 99 * N) == [2 * N], "less than a block; more than all of it"
 
 
+def test_a_lead_gives_way():
+    """To what is known to be shared, where a step cannot be cut for both."""
+    partings = Partings(N)
+    first, second = prompt("abba"), prompt("acca")
+    for one in (first, second):
+        partings.arrives(one, 2 * N)
+    assert partings.behind(second.request_id) == (first.request_id, N, True)
+    partings.starts(first.request_id, 0)
+    assert partings.take(first.request_id, 0, first.num_prompt_tokens) == [N, 4 * N]
+    partings.starts(second.request_id, N)
+    assert partings.take(second.request_id, N, second.num_prompt_tokens) == [2 * N, 4 * N]
+    third, fourth = prompt("abcc"), prompt("abdd")
+    partings.arrives(third, 3 * N)
+    partings.starts(third.request_id, 0)
+    assert partings.take(third.request_id, 0, third.num_prompt_tokens) == [2 * N, 4 * N]
+    fresh, same = prompt("zyxw"), prompt("zyvu")
+    partings.arrives(fresh, 2 * N)
+    partings.arrives(same, 2 * N)  # the lead is wanted now
+    partings.arrives(prompt("zt"), N)
+    partings.starts(fresh.request_id, 0)
+    assert partings.take(fresh.request_id, 0, 2 * N + 1) == [N, 2 * N]
+    partings.arrives(fourth)
+    assert not partings.take(fresh.request_id, 2 * N + 1, 3 * N)
+
+
 def test_many_at_once():
     """The first learns where the others part from it while it is waiting, and on its way as long as it has not passed there."""
     partings = Partings(N)

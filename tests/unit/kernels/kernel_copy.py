@@ -120,5 +120,5 @@ def test_parts():
         count = part.first.diff().tolist()
         rest = zip(part.slot.tolist(), part.first.tolist(), count, part.start.tolist(), strict=False)
         found.append([one for one in rest if one[0] >= 0])
-        assert part.settled.shape == (12, 2, 2)
+        assert part.settled.shape == (9, 2, 2) and int(part.first[-1]) == 10
     assert found == [[(2, 0, 1, 3), (0, 5, 1, 8), (1, 6, 2, 0)], [(2, 1, 4, 4), (1, 8, 2, 2)], []]

@@ -15,7 +15,7 @@ from vllm_prune_kernels.lanes import NEVER, Lanes
 from vllm_prune_kernels.narrow import FP8, gate_view, narrow_naive
 from vllm_prune_kernels.prefill import list_width, prefill
 from vllm_prune_kernels.received import received, received_naive
-from vllm_prune_kernels.rows import Rows, segments_of
+from vllm_prune_kernels.rows import Rows, part_before, parts_of
 from vllm_prune_kernels.settle import settle, settle_naive
 from vllm_prune_kernels.single import OPEN, Decision, single
 
@@ -61,7 +61,7 @@ class Layer:
         chunk = torch.full((1, total), NEVER, dtype=torch.int32, device=device)
         k_scale, v_scale = pool.scales
         if not pool.fast:
-            for part in segments_of(rows, rule.grid, most):
+            for part in parts_of(rows, None, rule.grid, most):
                 judge_naive(lanes, kv, part, layer, rule)
                 settle_naive(lanes, kv, part, layer, key, value, blank, chunk, k_scale, v_scale)
                 received_naive(lanes, kv, part, layer, query, SCALE, rule.span, rule.keep, k_scale)
@@ -69,7 +69,7 @@ class Layer:
         out, weigh = torch.zeros_like(query), torch.full((total, query.shape[1], 2), float("nan"), device=device)
         lists = torch.zeros(1, list_width(total), dtype=torch.int32, device=device)
         counts, rank = torch.zeros_like(chunk), torch.zeros_like(chunk)
-        for part in [rows] if most == 1 else segments_of(rows, rule.grid, most):
+        for part in [rows] if most == 1 else parts_of(rows, None, rule.grid, most):
             shapes = scratch_for(part.count, s.heads, self.group, s.head_size, 2)
             scratch = [torch.empty(shape, device=device) for shape in shapes]
             arrivals = torch.zeros(part.count, s.heads, dtype=torch.int32, device=device)
@@ -218,17 +218,24 @@ def test_who_goes_among_many_that_are_equal(monkeypatch, seed):
     assert 0 < sum(expiry == tokens for _, expiry in twin) < tokens
 
 
-def test_segments_are_cut_at_multiples():
+def test_rows_are_cut_at_multiples():
+    """And at positions of their own, one of them a multiple; each part is where ``part_before`` says."""
     rows = Rows.make(3, 1, torch.tensor([0, 5, 30, 30], dtype=torch.int32, device=DEVICE), DEVICE)
     rows.slot.copy_(torch.tensor([4, 2, -1]))
     rows.start.copy_(torch.tensor([7, 8, 0]))
-    found = []
-    for part in segments_of(rows, 8, most_tokens=25):
+    cuts = torch.full((5, 2), NEVER, dtype=torch.int32)
+    cuts[2] = torch.tensor([16, 20])
+    found, parts = [], parts_of(rows, cuts.to(DEVICE), 8, most_tokens=25)
+    for number, cut in enumerate((16, 20)):
+        part = parts[part_before(cut, number, start=8, grid=8)]
+        assert int(part.start[3] + part.first[4] - part.first[3]) == cut
+    for part in parts:
+        assert part.first.data_ptr() % 16 == part.slot.data_ptr() % 16 == part.settled.data_ptr() % 16 == 0
         assert int(part.first[0]) == 0 and int(part.first[-1]) == 30 and bool((part.first.diff() >= 0).all())
         counts = part.first.diff().tolist()
         found += [(slot, start, n) for slot, start, n in zip(part.slot.tolist(), part.start.tolist(), counts, strict=True)
                   if slot >= 0]  # fmt: skip
-    assert sorted(found) == [(2, 8, 8), (2, 16, 8), (2, 24, 8), (2, 32, 1), (4, 7, 1), (4, 8, 4)]
+    assert sorted(found) == [(2, 8, 8), (2, 16, 4), (2, 20, 4), (2, 24, 8), (2, 32, 1), (4, 7, 1), (4, 8, 4)]
 
 
 def test_heads_that_decide_apart_are_refused():
