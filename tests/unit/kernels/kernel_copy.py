@@ -103,7 +103,7 @@ def test_a_prefix_goes_on_as_if_it_had_been_computed(shape):
     step(pools, {0: 14}, part((49, 63)))
     assert of(pools[0], 0) == of(pools[0], 1)
     assert [of(pool, snapshot) for pool in pools for snapshot in (3, 4)] == begun, "nobody wrote to what is shared"
-    assert (int(pools[0].lanes.shared[0].sum()) > 0) == (shape in ("dms", "random"))
+    assert (int(pools[0].lanes.shared[0].sum()) > 0) == (shape in ("dms", "dms-own", "random"))
 
 
 def test_parts():

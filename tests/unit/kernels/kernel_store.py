@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from device import DEVICE
 
+from vllm_prune.attention.serving import Knobs
 from vllm_prune.cache.device_store import DeviceStore
 from vllm_prune.cache.geometry import LaneGeometry
 from vllm_prune.cache.ranks import Counts, Ranks, joined
@@ -20,8 +19,8 @@ SHARE = L * H  # pages of a block
 
 
 def store_of(**more) -> DeviceStore:
-    def knobs(strength: float) -> SimpleNamespace:
-        return SimpleNamespace(shift=strength, limit=7, delay=3)
+    def knobs(strength: float) -> Knobs:
+        return Knobs(shift=strength, limit=7, delay=3)
 
     store = DeviceStore(LaneGeometry(L, H, D, N), 4, 160, BLOCKS, H, 24, torch.device(DEVICE), knobs, **more)
     store.bind(list(torch.zeros(L, BLOCKS, H, N, 2 * D, device=DEVICE)))
