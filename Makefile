@@ -75,7 +75,7 @@ gpu-test: gpu-here
 	mkdir -p build
 	cd tests/unit/kernels && $(GPU_PYTHON) -m pytest -n 4 -p no:cacheprovider -o python_files='kernel_*.py' .
 	$(GPU_PYTHON) -m pytest -n 4 --junitxml build/gpu-test.xml tests/gpu tests/integration/test_device_path.py \
-	    tests/integration/test_law2_drop_sets.py -k "not borrowed and not ftp and not shadow and not ltp and not acc"
+	    tests/integration/test_law2_drop_sets.py -k "not borrowed and not ftp and not shadow"
 	$(GPU_PYTHON) tests/gpu/soak.py --minutes 30 --json build/gpu-soak.json
 
 # On a GPU: against stock vLLM with FlashAttention.
