@@ -228,13 +228,11 @@ def check_reads(vllm_config: VllmConfig, section: DropGateConfig) -> None:
         gate = section.build_gate()
     if getattr(gate, "per", "head") == "layer" and vllm_config.parallel_config.tensor_parallel_size > 1:
         raise refused("dms-per-layer-on-ranks")
-    compilation = vllm_config.compilation_config
-    own_op = {"+rotary_embedding", "all"} & set(
-        compilation.custom_ops
-    ) and "-rotary_embedding" not in compilation.custom_ops
     # Where a number is taken out of the query, what is rotated is another tensor.
-    if gate.reads is Reads.QUERY and not gate.borrows and own_op and not vllm_config.model_config.enforce_eager:
-        raise refused("rotary-op-of-its-own", form=section.params.get("form"))
+    if gate.reads is Reads.QUERY and not gate.borrows and not vllm_config.model_config.enforce_eager:
+        ops = set(vllm_config.compilation_config.custom_ops)
+        if ops & {"+rotary_embedding", "all"} and "-rotary_embedding" not in ops:
+            raise refused("rotary-op-of-its-own", form=section.params.get("form"))
     if gate.borrows and section.strength == 0.0 and vllm_config.device_config.device_type == "cuda":
         raise refused("borrowed-at-strength-0")
     if gate.reads is not Reads.INPUT and GENERIC_ARCHITECTURE in (
