@@ -50,6 +50,7 @@ class Job:
             "model": self.model, "max_model_len": self.max_model_len, "max_num_seqs": 1, "block_size": BLOCK_TOKENS,
             "kv_cache_memory_bytes": self.pool_bytes, "max_num_batched_tokens": self.chunk_tokens, "seed": 0,
             "enforce_eager": True, "skip_tokenizer_init": True, "disable_log_stats": True,
+            "enable_prefix_caching": False,  # the same prompt comes again and again
             "additional_config": {"vllm_prune": options},
         }  # fmt: skip
 
@@ -144,7 +145,7 @@ def execute(job: Job) -> Result:
 
     Raises:
         PruneError: the checkpoint or its configuration is refused.
-        RuntimeError: repeats of the same greedy request differ, or the engine ended it early.
+        RuntimeError: repeats of the same greedy request differ, or help each other, or the engine ended one early.
     """
     from vllm import LLM
 
@@ -153,6 +154,8 @@ def execute(job: Job) -> Result:
     core = client.engine_core  # in this process
     watch = PoolWatch(core.scheduler)
     passes = [run_once(llm.llm_engine, core.scheduler, watch, job, f"demo-{i}") for i in range(job.repeats)]
+    if any(each.output.num_cached_tokens for each in passes):
+        raise RuntimeError("a run took its prompt's beginning from another: nothing would be measured")
     texts = {tuple(each.output.outputs[0].token_ids) for each in passes}
     if len(texts) != 1 or len(passes[-1].output.outputs[0].token_ids) != job.new_tokens:
         lengths = sorted(map(len, texts))
