@@ -26,6 +26,8 @@ from support import (
 )
 from test_law2_drop_sets import METHODS, visible_drops
 from vllm import SamplingParams
+from vllm_prune_training.engine_eval.jobs import Engine, Request
+from vllm_prune_training.engine_eval.run import answers
 
 from vllm_prune.gates import GATES, by_token
 
@@ -210,6 +212,15 @@ def test_a_chats_system_message():
         assert N < len(system) <= parted
         assert [output.num_cached_tokens for output in found] == [0, len(system) // N * N, (len(ids[0]) - 1) // N * N]
         assert token_ids([found[0]]) == token_ids([found[2]])
+
+
+def test_an_evaluation_finds_nothing_held():
+    """What a question about a context takes is what it takes alone, whoever asked before."""
+    request = Request(prompts([300], seed=4)[0]["prompt_token_ids"], new_tokens=2)
+    job = Engine(str(REFERENCE), {}, "float32", 512, 64 << 20, 128, 1)
+    with engine(REFERENCE, **{name: value for name, value in job.arguments().items() if name != "model"}) as llm:
+        one, other = (next(iter(answers(llm, [request], []))).memory for _ in range(2))
+        assert one == other and one["blocks_returned"] > 0
 
 
 def test_pages_of_settled_keys_are_shared(gated):

@@ -56,6 +56,7 @@ class Engine:
             "max_num_seqs": self.concurrency, "max_num_batched_tokens": self.chunk_tokens,
             "kv_cache_memory_bytes": self.pool_bytes, "block_size": BLOCK_TOKENS, "seed": 0, "enforce_eager": True,
             "skip_tokenizer_init": True, "disable_log_stats": True, "additional_config": {"vllm_prune": self.options},
+            "enable_prefix_caching": False,  # questions about one context: what each takes must not hang on their order
         }  # fmt: skip
 
 
