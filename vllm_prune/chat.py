@@ -53,12 +53,13 @@ class Markers:
     def system_end(self, ids: Sequence[int]) -> int:
         """Where a chat's first message ends, if it is the system's and others follow; else 0."""
         begun = False
-        for i, one in enumerate(ids):
-            found = self._headers_at(ids, i) if one in self.special else ()
-            if found and begun:
+        for i in range(len(ids)):
+            found = self._headers_at(ids, i)
+            if begun and found:
                 return i
-            begun = begun or bool(found)
-            if (found and found[0][0] != "system") or (not begun and i >= LEAD):
+            if found and found[0][0] == "system":
+                begun = True
+            elif found or (not begun and i >= LEAD):
                 return 0
         return 0
 

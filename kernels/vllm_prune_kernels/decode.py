@@ -15,6 +15,8 @@ import triton.language as tl
 from .lanes import INTERPRETED, Lanes
 from .rows import Rows
 
+LOG2E = 1.4426950408889634
+"""Logits are in base 2 in all attention kernels."""
 KEYS = 64
 """Tokens of a tile."""
 LEAST = 4
@@ -156,7 +158,7 @@ def decode(
     wide = max(16, triton.next_power_of_2(s.head_size))
     _decode[(rows.count, s.heads, splits)](
         lanes.table, lanes.length, kv, rows.slot, rows.first, query, out, partial, sums, arrivals,
-        sums if weigh is None else weigh, scale * k_scale * 1.4426950408889634, v_scale, layer, s.lanes, s.width, query.stride(0),
+        sums if weigh is None else weigh, scale * k_scale * LOG2E, v_scale, layer, s.lanes, s.width, query.stride(0),
         query.stride(1), out.stride(0), out.stride(1), PER_LAYER=s.per_layer, H=s.heads, N=s.page_tokens, D=s.head_size,
         WIDE=wide, PAGE=s.page_numbers, G=group, GROUP=max(16, triton.next_power_of_2(group)), KEYS=KEYS, LEAST=LEAST,
         SPLITS=splits, WEIGH=weigh is not None, WIDEN=INTERPRETED, num_warps=WARPS,

@@ -2,7 +2,7 @@
 
 At every multiple m of the grid, before the query at m attends, keys get the expiry m: with a threshold those of which this is the
 first boundary that may judge them and whose mass / span lies below it; with a share, the lowest by mass / (age - 1), older ones
-first among equals, until no more than floor(share m) are left. Rows begin at boundaries or lie between them (``segments_of``).
+first among equals, until no more than floor(share m) are left. Rows begin at boundaries or lie between them (``parts_of``).
 The k-th lowest is found by its bits, a byte at a time: floats that are not negative are ordered as whole numbers are.
 ``judge_naive`` is the twin. Letters as in ``lanes``.
 """
@@ -64,6 +64,14 @@ def _bits(mass, now, born):
     return (mass / age).to(tl.int64, bitcast=True)
 
 
+@triton.jit
+def _digit(counts, rank):
+    """Of ``counts`` [256] by byte: the byte of the ``rank``-th, its rank among those that share it, and how many these are."""
+    b = tl.arange(0, 256)
+    digit = tl.sum((tl.cumsum(counts, 0) < rank).to(tl.int32), 0)
+    return digit, rank - tl.sum(tl.where(b < digit, counts, 0), 0), tl.sum(tl.where(b == digit, counts, 0), 0)
+
+
 @triton.jit(do_not_specialize=["layer", "layers", "grid", "span", "after", "sinks"])
 def _judge(
     table, length, position, expiry, masses, level, row_slot, row_start, grid, span, after, sinks, layer, layers, lanes, W,
@@ -89,7 +97,6 @@ def _judge(
     else:
         excess = tokens - tl.floor(says * now.to(tl.float64)).to(tl.int32)
         if (excess > 0) & (says < 1.0):
-            b = tl.arange(0, 256)
             candidates = 0
             for begin in range(0, tokens, SCAN):
                 at, born, may, mass = _look(
@@ -109,10 +116,7 @@ def _judge(
                     # Two shifts: one by 64 bits means nothing.
                     same = may & (((bits >> shift) >> 8) == score)
                     counts += tl.histogram(((bits >> shift) & 255).to(tl.int32), 256, mask=same)
-                upto = tl.cumsum(counts, 0)
-                digit = tl.sum((upto < rank).to(tl.int32), 0)
-                rank -= tl.sum(tl.where(b < digit, counts, 0), 0)
-                equals = tl.sum(tl.where(b == digit, counts, 0), 0)
+                digit, rank, equals = _digit(counts, rank)
                 score = score * 256 + digit
             last = tl.zeros([1], tl.int32) + 2147483647
             if equals > rank:
@@ -126,9 +130,7 @@ def _judge(
                         )
                         same = may & (_bits(mass, now, born) == score) & (((born >> shift) >> 8) == last)
                         counts += tl.histogram((born >> shift) & 255, 256, mask=same)
-                    upto = tl.cumsum(counts, 0)
-                    digit = tl.sum((upto < rank).to(tl.int32), 0)
-                    rank -= tl.sum(tl.where(b < digit, counts, 0), 0)
+                    digit, rank, _ = _digit(counts, rank)
                     last = last * 256 + digit
             for begin in range(0, tokens, SCAN):
                 at, born, may, mass = _look(

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .decode import lane_tokens
+from .decode import LOG2E, lane_tokens
 from .lanes import INTERPRETED, Lanes
 from .rows import Rows
 
@@ -199,7 +199,7 @@ def prefill(
     part, keys, warps, stages = _tiles(s.head_size, query.element_size())
     _prefill[(triton.cdiv(most_tokens, part), heads, rows.count)](
         lanes.table, lanes.length, lanes.expiry, kv, rows.slot, rows.first, rows.start, query, key, value, chunk, lists, counts,
-        out, out if weigh is None else weigh, scale * 1.4426950408889634, k_scale, v_scale, layer, s.lanes, s.width, **numbers,
+        out, out if weigh is None else weigh, scale * LOG2E, k_scale, v_scale, layer, s.lanes, s.width, **numbers,
         query_stride=query.stride(0), query_head=query.stride(1), key_stride=key.stride(0), out_stride=out.stride(0),
         out_head=out.stride(1), PER_LAYER=s.per_layer, H=s.heads, E=s.units, N=s.page_tokens, D=s.head_size,
         WIDE=max(16, triton.next_power_of_2(s.head_size)), PAGE=s.page_numbers, G=heads // s.heads, QUERIES=QUERIES, PART=part,

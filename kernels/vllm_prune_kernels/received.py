@@ -14,12 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .decode import lane_tokens
+from .decode import LOG2E, lane_tokens
 from .lanes import INTERPRETED, Lanes
 from .narrow import gate_view
 from .rows import Rows
 
-LOG2E = 1.4426950408889634
 KEYS = 64
 """Tokens of a tile."""
 

@@ -60,6 +60,25 @@ def device_path(monkeypatch):
     monkeypatch.setattr(native, "may_fuse", lambda vllm_config: True)
 
 
+def check_drops(model, llm, spares: bool) -> None:
+    """Mixed batches, chunks, strengths, preemption, and spared positions where gates know them: the same drops as the trainer's
+    twin, and a whole pool."""
+    assert isinstance(state_of(llm), DeviceState)
+    check(model, llm, generate(llm, prompts([1, 70] if SMALL else [1, 33, 70, 130], seed=4), tokens=5 if SMALL else 8))
+    strengths = (None, 0.0, 0.5)
+    mixed = llm.generate(prompts([40, 50, 45], seed=6), [greedy(asking(x), 4) for x in strengths], use_tqdm=False)
+    assert check_strengths(model, llm, mixed, strengths)[1] == 0.0
+    if spares:
+        sparing = [greedy({"prune.protect": SPARED}, 4), greedy(tokens=4)]
+        batch = prompts([85, 60], seed=3)
+        check_spared(llm, model, llm.generate(batch, sparing, use_tqdm=False), [POSITIONS, frozenset()])
+        # In a used slot.
+        check_spared(llm, model, llm.generate(batch[1:], sparing[1], use_tqdm=False), [frozenset()])
+    check(model, llm, preempted(llm, prompts([40, 9], seed=5), tokens=5, after=(3, 6)))
+    generate(llm, prompts([3]), tokens=2)  # the ended are buried by a step
+    assert pool_is_whole(llm)
+
+
 @pytest.mark.parametrize("name", ON_GPU if torch.cuda.is_available() else SHORT)
 def test_law_2(tmp_path, name):
     """Mixed batches, chunks, preemption: the same drops as the trainer's twin."""
@@ -67,28 +86,12 @@ def test_law_2(tmp_path, name):
     section = {"protect": {"sinks": 2}} if GATES[method].protects else {}
     model = save_gated(tmp_path, tiny_config("qwen3", layers=2), method, section=section, **METHODS[name])
     with engine(model, long_prefill_token_threshold=24, **RECORD, **SMALL) as llm:
-        assert isinstance(state_of(llm), DeviceState)
         layers = llm.apply_model(
             lambda model: [m.fused for m in model.modules() if isinstance(m, native.GatedForward)]
         )[0]
         assert [layer is not None for layer in layers] == [method == "dcp"] * 2
-        check(
-            model, llm, generate(llm, prompts([1, 70] if SMALL else [1, 33, 70, 130], seed=4), tokens=5 if SMALL else 8)
-        )
         assert state_of(llm).store.num_blocks > 20
-        strengths = (None, 0.0, 0.5)
-        mixed = llm.generate(prompts([40, 50, 45], seed=6), [greedy(asking(x), 4) for x in strengths], use_tqdm=False)
-        assert check_strengths(model, llm, mixed, strengths)[1] == 0.0
-        if name in BY_TOKEN:
-            sparing = [greedy({"prune.protect": SPARED}, 4), greedy(tokens=4)]
-            batch = prompts([85, 60], seed=3)
-            check_spared(llm, model, llm.generate(batch, sparing, use_tqdm=False), [POSITIONS, frozenset()])
-            check_spared(
-                llm, model, llm.generate(batch[1:], sparing[1], use_tqdm=False), [frozenset()]
-            )  # in a used slot
-        check(model, llm, preempted(llm, prompts([40, 9], seed=5), tokens=5, after=(3, 6)))
-        generate(llm, prompts([3]), tokens=2)  # the ended are buried by a step
-        assert pool_is_whole(llm)
+        check_drops(model, llm, spares=name in BY_TOKEN)
 
 
 @pytest.mark.parametrize("name", SAVED if FULL or torch.cuda.is_available() else ["nvidia", "fastdms"])
@@ -96,14 +99,7 @@ def test_public_dms(tmp_path, name):
     """Published formats: gates that read queries before RoPE or the stream, and decide about the key before or their own."""
     model = SAVED[name](tmp_path)
     with engine(model, long_prefill_token_threshold=24, **RECORD, **SMALL) as llm:
-        assert isinstance(state_of(llm), DeviceState)
-        check(model, llm, generate(llm, prompts([1, 70], seed=4), tokens=5))
-        strengths = (None, 0.0, 0.5)
-        mixed = llm.generate(prompts([40, 50, 45], seed=6), [greedy(asking(x), 4) for x in strengths], use_tqdm=False)
-        assert check_strengths(model, llm, mixed, strengths)[1] == 0.0
-        check(model, llm, preempted(llm, prompts([40, 9], seed=5), tokens=5, after=(3, 6)))
-        generate(llm, prompts([3]), tokens=2)
-        assert pool_is_whole(llm)
+        check_drops(model, llm, spares=True)
 
 
 @pytest.mark.parametrize("name", BY_TOKEN if torch.cuda.is_available() else ["dcp"])

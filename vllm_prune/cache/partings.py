@@ -75,7 +75,8 @@ class Partings:
             first = self._first[hashes[shared - 1]]
             if first.past < shared * n:
                 way.behind = first, shared * n
-                first.guessed = 0 if first.guessed == shared * n else first.guessed
+                if first.guessed == shared * n:
+                    first.guessed = 0
                 if shared * n not in first.places:
                     insort(first.places, shared * n)
         spaced = range(self.spacing, len(hashes) * n, self.spacing) if self.spacing else ()

@@ -77,37 +77,11 @@ class Layer:
             arrivals = torch.zeros(part.count, s.heads, dtype=torch.int32, device=device)
             judge(lanes, kv, part, layer, rule)
             if most == 1:
-                single(
-                    lanes,
-                    kv,
-                    part,
-                    layer,
-                    Decision(OPEN, chunk[:, 0]),
-                    key,
-                    value,
-                    blank,
-                    pool.meeting,
-                    2,
-                    *pool.scales,
-                )
+                single(lanes, kv, part, layer, Decision(OPEN, chunk[:, 0]), key, value, blank, pool.meeting, 2,
+                       *pool.scales)  # fmt: skip
             else:
-                prefill(
-                    lanes,
-                    kv,
-                    part,
-                    layer,
-                    query,
-                    key,
-                    value,
-                    chunk,
-                    lists,
-                    counts,
-                    out,
-                    SCALE,
-                    most,
-                    *pool.scales,
-                    weigh,
-                )
+                prefill(lanes, kv, part, layer, query, key, value, chunk, lists, counts, out, SCALE, most, *pool.scales,
+                        weigh)  # fmt: skip
                 settle(lanes, kv, part, layer, key, value, blank, chunk, rank, most, 2, *pool.scales)
             decode(lanes, kv, part, layer, query, out, SCALE, *scratch, arrivals, 2, *pool.scales, weigh)
             received(lanes, kv, part, layer, query, weigh, SCALE, rule.span, rule.keep, most, 2, k_scale)
